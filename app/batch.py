@@ -1,0 +1,106 @@
+"""The values that travel through the pipeline: entries come in, items gain an outcome, replies go out."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Literal, NamedTuple
+
+from app.errors import RequestError
+from schemas.requests import TriggerRequest
+from schemas.snapshot import Snapshot
+
+
+class Entry(NamedTuple):
+    """One entry of a request stream, as it was read. `deliveries` counts this one."""
+
+    id: str
+    fields: Mapping[bytes, bytes]
+    deliveries: int = 1
+
+    @property
+    def ms(self) -> int:
+        """The time of the entry, in ms since 1970."""
+        return int(self.id.partition("-")[0])
+
+
+class Outcome(StrEnum):
+    """What the gate's answer comes to; the wire's and the metrics' word for it."""
+
+    PASS_THROUGH = "pass_through"
+    MOLLIFY = "mollify"
+    SHADOW = "shadow"
+
+
+class Decision(NamedTuple):
+    """The gate's answer for one request and why. `divertible`: the buffer may take it if Postgres fails."""
+
+    outcome: Outcome
+    reason: str
+    enrolled: bool = False
+    divertible: bool = False
+
+    @property
+    def mollified(self) -> bool:
+        return self.outcome is Outcome.MOLLIFY
+
+
+class Answer(NamedTuple):
+    """The run that answers a request: its own, or (cached) one that was there before."""
+
+    run_id: str
+    span_id: str | None
+    delay_until: datetime | None
+    is_mollified: bool
+    is_cached: bool = False
+
+
+class DeadLetter(NamedTuple):
+    """Why an entry is set aside. `reason` is a metric's label, `detail` a sentence."""
+
+    reason: Literal["undecodable", "reply_channel", "unanswerable", "deliveries"]
+    detail: str
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One request on its way. Each step fills in its part; `outcome` ends the way.
+
+    An item that leaves the pipeline without an outcome stays pending and is handed out again.
+    """
+
+    entry: Entry
+    reply_to: str | None = None
+    correlation_id: str | None = None
+    request: TriggerRequest | None = None
+    run: Snapshot | None = None
+    decision: Decision | None = None
+    outcome: Answer | RequestError | None = None
+    dead_letter: DeadLetter | None = None
+    suspended: bool = False
+
+    @property
+    def open(self) -> bool:
+        """Whether later steps still have something to do with it."""
+        return self.outcome is None and self.dead_letter is None and not self.suspended
+
+    @property
+    def is_redelivered(self) -> bool:
+        return self.entry.deliveries > 1
+
+    @property
+    def has_chosen_id(self) -> bool:
+        """Whether the caller chose the run's id."""
+        return self.request is not None and self.request.options.run_id is not None
+
+
+@dataclass(slots=True)
+class Batch:
+    """Requests that are handled together. `now` is the time they count as handled at, in UTC."""
+
+    items: Sequence[Item]
+    now: datetime
+
+    def open(self) -> Iterator[Item]:
+        """The items that no step has settled yet."""
+        return (item for item in self.items if item.open)

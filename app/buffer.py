@@ -1,0 +1,157 @@
+"""The buffer's front: accepting runs and finding them again. What drainers do is in `turns.py`."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from redis.exceptions import ResponseError
+
+from app.batch import Answer
+from app.errors import BufferUnavailable, QueueLimitExceeded, RequestError, RunIdConflict, Unreachable
+from app.keys import Keys
+from app.redis_client import Call, Scripts
+from app.settings import Settings
+from schemas.snapshot import Snapshot
+
+encode_snapshot = msgspec.msgpack.Encoder().encode
+decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
+
+_WAIT_MS = 2000
+_ACCEPTED, _KNOWN, _FULL = 1, 0, -1
+
+Grouped = dict[int, dict[str, list[int]]]
+
+
+class RedisBuffer:
+    """Implements `ports.Buffer` with `lua/accept.lua`, `find.lua`, `reserve.lua` and `release.lua`."""
+
+    def __init__(self, scripts: Scripts, keys: Keys, settings: Settings) -> None:
+        self._scripts = scripts
+        self._keys = keys
+        self._settings = settings
+        self._waits: list[tuple[int, Call]] = []
+        if settings.buffer_wait_replicas:
+            copies = settings.buffer_wait_replicas
+            self._waits.append((copies, Call("WAIT", None, [copies, _WAIT_MS])))
+        if settings.buffer_wait_aof:
+            self._waits.append((1, Call("WAITAOF", None, [1, 0, _WAIT_MS])))
+
+    async def accept(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError]:
+        """See `ports.Buffer.accept`."""
+        groups = self._group(runs)
+        calls = []
+        for partition, environments in groups.items():
+            keys = [self._keys.ready(partition)]
+            arguments: list[str | bytes | int] = [self._settings.max_buffered_per_env, self._keys.wake]
+            for environment, positions in environments.items():
+                names = self._keys.environment(environment)
+                keys += (names.entries, names.index, names.drain)
+                arguments += (environment, runs[positions[0]].organization_id, len(positions))
+                for position in positions:
+                    arguments += (runs[position].id, encode_snapshot(runs[position]))
+            calls.append(Call("accept", keys, arguments))
+        answers = await self._run(calls)
+        outcomes: list[Answer | RequestError] = [BufferUnavailable()] * len(runs)
+        for positions, answer in zip(_positions(groups), answers, strict=True):
+            if isinstance(answer, ResponseError):
+                continue
+            for position, result in zip(positions, answer, strict=True):
+                outcomes[position] = _outcome(runs[position], result)
+        return outcomes
+
+    async def recall(
+        self, runs: Sequence[Snapshot], reserve: Sequence[Snapshot]
+    ) -> Sequence[Answer | RequestError | None]:
+        """See `ports.Buffer.recall`."""
+        groups = self._group(runs)
+        calls = []
+        for environments in groups.values():
+            keys: list[str] = []
+            arguments: list[str | bytes | int] = []
+            for environment, positions in environments.items():
+                names = self._keys.environment(environment)
+                keys += (names.entries, names.index)
+                arguments += (len(positions), *(runs[position].id for position in positions))
+            calls.append(Call("find", keys, arguments))
+        reservations = self._chosen("reserve", reserve)
+        answers = await self._run([*calls, *(call for call, _ in reservations)])
+        _raise_refusals(answers)
+        outcomes: list[Answer | RequestError | None] = [None] * len(runs)
+        for positions, answer in zip(_positions(groups), answers[: len(calls)], strict=True):
+            for position, snapshot in zip(positions, answer, strict=True):
+                if snapshot is not None:
+                    outcomes[position] = answer_of(decode_snapshot(snapshot))
+        taken = {
+            run.id
+            for (_, reserved), answer in zip(reservations, answers[len(calls) :], strict=True)
+            for run, is_mine in zip(reserved, answer, strict=True)
+            if not is_mine
+        }
+        return [
+            RunIdConflict() if outcome is None and run.id in taken else outcome
+            for run, outcome in zip(runs, outcomes, strict=True)
+        ]
+
+    async def release(self, runs: Sequence[Snapshot]) -> None:
+        """See `ports.Buffer.release`."""
+        await self._scripts.run([call for call, _ in self._chosen("release", runs)])
+
+    def _chosen(self, script: str, runs: Iterable[Snapshot]) -> list[tuple[Call, list[Snapshot]]]:
+        by_partition: defaultdict[int, list[Snapshot]] = defaultdict(list)
+        for run in runs:
+            by_partition[self._keys.partition(run.id)].append(run)
+        return [
+            (
+                Call(script, [self._keys.chosen(partition)], [part for run in some for part in (run.id, run.environment_id)]),
+                some,
+            )
+            for partition, some in by_partition.items()
+        ]
+
+    def _group(self, runs: Sequence[Snapshot]) -> Grouped:
+        """Positions of runs by partition and environment, each in order."""
+        groups: Grouped = {}
+        for position, run in enumerate(runs):
+            partition = self._keys.environment(run.environment_id).partition
+            groups.setdefault(partition, {}).setdefault(run.environment_id, []).append(position)
+        return groups
+
+    async def _run(self, calls: list[Call]) -> list[Any]:
+        """Run calls; hold the answers back until replicas or the disk have what was written, if asked to.
+
+        All travel on one connection, which is what WAIT and WAITAOF count by.
+        """
+        answers = await self._scripts.run([*calls, *(call for _, call in self._waits)])
+        for needed, call in reversed(self._waits):
+            have = answers.pop()
+            if isinstance(have, ResponseError):
+                raise Unreachable(f"Redis: {call.name}: {have}")
+            if (have[0] if isinstance(have, list) else have) < needed:
+                raise Unreachable(f"Redis: {call.name}: too few copies of what was written")
+        return answers
+
+
+def answer_of(run: Snapshot) -> Answer:
+    """A buffered run as the answer to its own request."""
+    return Answer(run.id, run.span_id, run.delay_until, is_mollified=True)
+
+
+def _outcome(run: Snapshot, result: int | bytes) -> Answer | RequestError:
+    if result in (_ACCEPTED, _KNOWN):
+        return answer_of(run)
+    return QueueLimitExceeded() if result == _FULL else BufferUnavailable()
+
+
+def _positions(groups: Grouped) -> list[list[int]]:
+    """Per partition, the positions of its runs in the order of its script's answers."""
+    return [
+        [position for positions in environments.values() for position in positions]
+        for environments in groups.values()
+    ]
+
+
+def _raise_refusals(answers: Sequence[Any]) -> None:
+    for answer in answers:
+        if isinstance(answer, ResponseError):
+            raise Unreachable(f"Redis: {answer}") from answer

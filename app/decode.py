@@ -1,0 +1,99 @@
+"""Step 1: from a stream entry to a typed request, one entry at a time, whatever it holds."""
+
+import re
+
+import msgspec
+
+from app.batch import Batch, DeadLetter, Item
+from app.envelope import address, open_envelope
+from app.errors import InvalidRequest, PayloadTooLarge, RequestError, Undecodable
+from app.settings import Settings
+from schemas.requests import TriggerRequest
+
+_OTHER_FIELDS_BYTES = 131_072
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
+_FIELD = re.compile(r"^Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
+_MISTAKE = {"contains unknown": "unknown field", "missing required": "required"}
+
+_decoder = msgspec.json.Decoder(TriggerRequest)
+
+
+class Decode:
+    """Fills in each item's address and request, or its outcome."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._reply_channels = settings.reply_channel_pattern
+        self._longest = settings.max_payload_bytes + settings.max_metadata_bytes + _OTHER_FIELDS_BYTES
+
+    async def __call__(self, batch: Batch) -> None:
+        for item in batch.items:
+            self._decode(item)
+
+    def _decode(self, item: Item) -> None:
+        fields = item.entry.fields
+        try:
+            body, item.reply_to, item.correlation_id = open_envelope(fields)
+            if self._may_reply(item):
+                item.request = decode_body(body, self._longest)
+        except RequestError as error:
+            item.outcome = error
+            if item.reply_to is None:
+                item.reply_to, item.correlation_id = address(fields)
+                self._may_reply(item)
+
+    def _may_reply(self, item: Item) -> bool:
+        if item.reply_to is None or self._reply_channels.fullmatch(item.reply_to):
+            return True
+        item.dead_letter = DeadLetter("reply_channel", "reply_to: this channel may not be replied on")
+        item.reply_to = None
+        return False
+
+
+def decode_body(body: bytes, longest: int) -> TriggerRequest:
+    """The request in a body.
+
+    Raises:
+        Undecodable: not UTF-8 or not JSON.
+        InvalidRequest: JSON, but not a trigger request; the message names the field.
+        PayloadTooLarge: longer than any request within the limits could be.
+    """
+    if len(body) > longest:
+        raise PayloadTooLarge(f"body: {len(body)} bytes are more than any request may have")
+    try:
+        if not body.isascii():
+            body.decode()
+        request = _decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(_explain(str(error))) from None
+    except msgspec.DecodeError as error:
+        raise Undecodable(f"body: not JSON: {error}") from None
+    except RecursionError:
+        raise Undecodable("body: nested too deeply") from None
+    except (UnicodeError, OverflowError, ValueError) as error:
+        raise Undecodable(f"body: not JSON: {error}") from None
+    if b"\\u0000" in body:
+        _refuse_nul(request, "")
+    return request
+
+
+def _explain(message: str) -> str:
+    """msgspec's sentence, turned so that the field comes first: `options.delay: Expected ...`."""
+    match = _PATH.match(message)
+    what, path = (match["what"], match["path"] or "") if match else (message, "")
+    field = _FIELD.match(what)
+    if field:
+        path = f"{path}.{field['name']}" if path else field["name"]
+        what = _MISTAKE[field["how"]]
+    return f"{path or 'body'}: {what}"
+
+
+def _refuse_nul(value: object, path: str) -> None:
+    if isinstance(value, str):
+        if "\0" in value:
+            raise InvalidRequest(f"{path}: contains a NUL character")
+    elif isinstance(value, msgspec.Struct):
+        for name in value.__struct_fields__:
+            _refuse_nul(getattr(value, name), f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for index, element in enumerate(value):
+            _refuse_nul(element, f"{path}[{index}]")

@@ -1,0 +1,148 @@
+"""The way of a buffered run, from the buffer to its row, one turn at a time. DESIGN section 9.
+
+The order is the correctness argument. Entries are settled only after Postgres has committed them
+(or a dead letter has), so a crash anywhere repeats work and never loses it; rows that are there
+already are ignored, so repeating is harmless. One drainer holds an environment, so its order holds.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import msgspec
+from msgspec.structs import replace
+
+from app import run_ids
+from app.errors import StoreUnavailable
+from app.ports import Graveyard, Materialised, Materialiser, Reservations, Taken, Turns
+from app.rows import Row, status_at
+from app.settings import Settings
+from app.telemetry import Telemetry
+from schemas.snapshot import Snapshot
+
+_decode = msgspec.msgpack.Decoder(Snapshot).decode
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """One entry on its way. `row` is None when nothing can be read; `trouble` says why it has no row."""
+
+    environment_id: str
+    entry_id: str
+    snapshot: bytes
+    row: Row | None = None
+    result: Materialised | None = None
+    trouble: str = ""
+
+
+class Drain:
+    """Materialises the buffer in turns; several drains, in any processes, share the work."""
+
+    def __init__(
+        self,
+        *,
+        turns: Turns,
+        materialiser: Materialiser,
+        graveyard: Graveyard,
+        reservations: Reservations,
+        settings: Settings,
+        telemetry: Telemetry,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._turns = turns
+        self._materialiser = materialiser
+        self._graveyard = graveyard
+        self._reservations = reservations
+        self._batch_size = settings.drain_batch_size
+        self._telemetry = telemetry
+        self._clock = clock
+
+    async def turn(self) -> int:
+        """Materialise one batch; how many entries it held, 0 when there are none.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be written; the entries are back in their place.
+            Unreachable: Redis went silent; the entries are taken again in time.
+        """
+        taken = await self._turns.take(self._batch_size)
+        if not taken:
+            return 0
+        now = self._clock()
+        loads = unpack(taken, now)
+        try:
+            await self._write([load for load in loads if load.row is not None])
+            await self._write_failures([load for load in loads if load.trouble and load.row is not None])
+        except StoreUnavailable:
+            await self._turns.put_back(taken)
+            raise
+        await self._bury([load for load in loads if load.trouble])
+        await self._turns.settle(taken)
+        await self._release(loads)
+        self._count(loads, now)
+        return len(loads)
+
+    async def _write(self, loads: Sequence[Load]) -> None:
+        rows = [load.row for load in loads if load.row is not None]
+        if not rows:
+            return
+        for load, result in zip(loads, await self._materialiser.materialise(rows), strict=True):
+            load.result = result
+            load.trouble = result.error or ""
+
+    async def _write_failures(self, loads: Sequence[Load]) -> None:
+        """Give a run that Postgres refuses a row that says so (G12): its identity and links, without the rest."""
+        for load in loads:
+            assert load.row is not None
+            load.row = failure_row(load.row.run, load.trouble)
+        await self._write(loads)
+
+    async def _bury(self, loads: Sequence[Load]) -> None:
+        for load in loads:
+            await self._graveyard.bury(
+                load.environment_id, load.entry_id, load.snapshot, "refused" if load.row else "undecodable", load.trouble
+            )
+
+    async def _release(self, loads: Sequence[Load]) -> None:
+        runs = [load.row.run for load in loads if load.row is not None]
+        await self._reservations.release([run for run in runs if not run_ids.is_derived(run.id)])
+
+    def _count(self, loads: Sequence[Load], now: datetime) -> None:
+        results = Counter("dead" if load.result is None else load.result.result for load in loads)
+        runs = [load.row.run for load in loads if load.row is not None]
+        self._telemetry.drained(
+            results, ((now - run.buffered_at).total_seconds() for run in runs if run.buffered_at is not None)
+        )
+
+
+def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
+    """The rows that entries become; an entry that cannot be read has none."""
+    loads = []
+    for one in taken:
+        for entry_id, snapshot in one.entries:
+            load = Load(one.environment_id, entry_id, snapshot)
+            try:
+                run = _decode(snapshot)
+                load.row = Row(run, status_at(run, now))
+            except (msgspec.MsgspecError, UnicodeError, ValueError, OverflowError) as error:
+                load.trouble = f"the snapshot cannot be read: {error}"
+            loads.append(load)
+    return loads
+
+
+def failure_row(run: Snapshot, reason: str) -> Row:
+    """The row of a run that cannot be written as it is."""
+    bare = replace(
+        run,
+        payload=None,
+        metadata=None,
+        tags=(),
+        idempotency_key=None,
+        idempotency_key_expires_at=None,
+        idempotency_key_options=None,
+        debounce_key=None,
+        one_time_use_token=None,
+        trace_context=None,
+    )
+    error = msgspec.json.encode({"code": "materialisation_failed", "message": reason}).decode()
+    return Row(bare, "SYSTEM_FAILURE", error=error)

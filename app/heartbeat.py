@@ -1,0 +1,53 @@
+"""Being alive, for others to see: while the key is there, nobody takes over what its owner holds."""
+
+import asyncio
+import os
+import secrets
+import socket
+
+from app.errors import Unreachable
+from app.keys import Keys
+from app.redis_client import Call, Scripts
+from app.telemetry import Telemetry
+
+_BEATS_PER_TTL = 4
+
+
+def consumer_name() -> str:
+    """A name that no other process has or ever had."""
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+class Heartbeat:
+    """Renews the key of one consumer until it is stopped."""
+
+    def __init__(self, scripts: Scripts, keys: Keys, consumer: str, ttl_ms: int, telemetry: Telemetry) -> None:
+        self._scripts = scripts
+        self._key = keys.heartbeat(consumer)
+        self._ttl_ms = ttl_ms
+        self._telemetry = telemetry
+
+    async def beat(self) -> None:
+        """Renew the key once.
+
+        Raises:
+            Unreachable: Redis cannot be reached.
+            ResponseError: Redis refuses.
+        """
+        await self._scripts.run_one(Call("SET", None, [self._key, "1", "PX", self._ttl_ms]))
+
+    async def run(self) -> None:
+        """Renew the key for ever; a Redis that is away is tried again at the next beat."""
+        while True:
+            try:
+                await self.beat()
+            except Exception as error:
+                self._telemetry.trouble("heartbeat.failed", error=str(error))
+            await asyncio.sleep(self._ttl_ms / 1000 / _BEATS_PER_TTL)
+
+    async def stop(self) -> None:
+        """Remove the key: what is still held may be taken over at once."""
+        try:
+            await self._scripts.run([Call("DEL", None, [self._key])])
+        except Unreachable as error:
+            self._telemetry.trouble("heartbeat.failed", error=str(error))

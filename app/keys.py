@@ -1,0 +1,79 @@
+"""Every Redis key, stream and channel, spelled once.
+
+`ns` is the setting NAMESPACE, `{p}` the partition of an environment, the hash tag that keeps all
+keys which one script touches in one slot of a Redis Cluster.
+
+    key                     type     written by                 holds
+    ns:triggers             stream   producers                  trigger requests
+    ns:operations           stream   producers                  reads and changes
+    ns:dead-letters         stream   workers, drainers          what could not be handled, and why
+    ns:heartbeat:<consumer> string   every process that holds   "1" for HEARTBEAT_TTL_MS
+    ns:wake                 channel  buffer (accept)            an environment has become ready
+    ns:reply:...            channel  workers                    one reply per request
+    ns:gate                 string   gate                       the fleet's rate (GLOBAL_TRIP_THRESHOLD)
+    ns:{p}:gate:<env>       string   gate                       `<window> <count> <previous> <tripped until>`
+    ns:{p}:entries:<env>    stream   buffer, turns              the buffer: fields run_id, snapshot
+    ns:{p}:index:<env>      hash     buffer, turns              run id -> entry id
+    ns:{p}:drain:<env>      hash     buffer, turns              organization_id, queued, holder, taken, done
+    ns:{p}:ready            sorted   buffer, turns              environments with queued entries, by last turn
+    ns:{p}:grace            sorted   turns                      `<entry id> <env>` -> when to forget up to it
+    ns:{p}:chosen           hash     buffer, turns              caller-chosen run id -> environment, while not yet a row
+
+In `chosen` the partition is that of the run id.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+from zlib import crc32
+
+
+class EnvironmentKeys(NamedTuple):
+    """The keys of one environment; all share the hash tag of `partition`."""
+
+    partition: int
+    gate: str
+    entries: str
+    index: str
+    drain: str
+
+
+class Keys:
+    """The names of one namespace, spread over a number of partitions."""
+
+    def __init__(self, namespace: str, partitions: int) -> None:
+        self.namespace = namespace
+        self.partitions = partitions
+        self.triggers = f"{namespace}:triggers"
+        self.operations = f"{namespace}:operations"
+        self.dead_letters = f"{namespace}:dead-letters"
+        self.group = namespace
+        self.wake = f"{namespace}:wake"
+        self.fleet_gate = f"{namespace}:gate"
+        self.environment = lru_cache(maxsize=65_536)(self._environment)
+
+    def partition(self, text: str) -> int:
+        """The partition of an environment id (or, for `chosen`, of a run id)."""
+        return crc32(text.encode()) % self.partitions
+
+    def _environment(self, environment_id: str) -> EnvironmentKeys:
+        partition = self.partition(environment_id)
+        tag = f"{self.namespace}:{{{partition}}}"
+        return EnvironmentKeys(
+            partition,
+            f"{tag}:gate:{environment_id}",
+            f"{tag}:entries:{environment_id}",
+            f"{tag}:index:{environment_id}",
+            f"{tag}:drain:{environment_id}",
+        )
+
+    def ready(self, partition: int) -> str:
+        return f"{self.namespace}:{{{partition}}}:ready"
+
+    def grace(self, partition: int) -> str:
+        return f"{self.namespace}:{{{partition}}}:grace"
+
+    def chosen(self, partition: int) -> str:
+        return f"{self.namespace}:{{{partition}}}:chosen"
+
+    def heartbeat(self, consumer: str) -> str:
+        return f"{self.namespace}:heartbeat:{consumer}"

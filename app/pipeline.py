@@ -1,0 +1,63 @@
+"""The way of a trigger, from a stream entry to a reply: one column of steps. DESIGN section 5.
+
+The order is the correctness argument. The id comes first, so that a request which is handed out
+again finds its run; the write before the reply, so that what is promised is kept; the reply
+before the acknowledgement, so that no request goes unanswered. A step settles an item by giving
+it an outcome, and settled items pass later steps by. What leaves unsettled comes back.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import UTC, datetime
+
+from app.batch import Batch, Entry, Item
+from app.decide import Decide
+from app.decode import Decode
+from app.ports import Buffer, Desk, RateGate, Reservations, Store
+from app.recall import Recall
+from app.respond import Respond
+from app.settings import Settings
+from app.store_health import StoreHealth
+from app.telemetry import Telemetry
+from app.validate import Validate
+from app.write import Write
+
+Step = Callable[[Batch], Awaitable[None]]
+
+
+class Pipeline:
+    """Handles batches of trigger requests; several may be under way at once."""
+
+    def __init__(
+        self,
+        *,
+        gate: RateGate,
+        buffer: Buffer,
+        reservations: Reservations,
+        store: Store,
+        desk: Desk,
+        health: StoreHealth,
+        settings: Settings,
+        telemetry: Telemetry,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._steps: Sequence[tuple[str, Step]] = (
+            ("decode", Decode(settings)),
+            ("validate", Validate(settings)),
+            ("recall", Recall(buffer, store, settings, telemetry)),
+            ("decide", Decide(gate, health, settings, telemetry)),
+            ("write", Write(buffer, store, health, settings, telemetry)),
+            ("respond", Respond(reservations, desk, telemetry)),
+        )
+        self._telemetry = telemetry
+        self._clock = clock
+
+    async def handle(self, entries: Sequence[Entry]) -> None:
+        """Take requests to their replies, whatever they hold.
+
+        Raises:
+            Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
+        """
+        batch = Batch([Item(entry) for entry in entries], self._clock())
+        for name, step in self._steps:
+            with self._telemetry.stage(name):
+                await step(batch)

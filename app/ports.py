@@ -1,0 +1,170 @@
+"""What the core needs from the world. Adapters are named in `wiring` only.
+
+Every method takes a whole batch and costs a constant number of round trips. Failures come as
+`app.errors`: the world refused (`BufferUnavailable`, `StoreUnavailable`: nothing was done), or it
+cannot be told what happened (`Unreachable`: the item is suspended and handed out again).
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple, Protocol
+
+from app.batch import Answer, Item
+from app.errors import RequestError
+from app.rows import Row
+from schemas.snapshot import Snapshot
+
+
+class Admission(NamedTuple):
+    """How many requests of each environment, and of all together, pass; counted from the first."""
+
+    by_environment: Mapping[str, int]
+    fleet: int
+
+
+class RateGate(Protocol):
+    async def admit(self, requests: Mapping[str, int]) -> Admission:
+        """Count `requests` (environment id -> how many) against their rates.
+
+        Raises:
+            GateUnavailable: the counters cannot be reached.
+        """
+        ...
+
+
+class Buffer(Protocol):
+    async def accept(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError]:
+        """Append runs to their environments' buffers; per run, in order, its answer or its refusal.
+
+        Raises:
+            BufferUnavailable: Redis refuses to write; nothing was accepted.
+            Unreachable: it is not known whether anything was.
+        """
+        ...
+
+    async def recall(self, runs: Sequence[Snapshot], reserve: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
+        """Per run, in order, its answer if the buffer knows its id, else None.
+
+        Ids in `reserve` were chosen by their callers: they are held for their environments, and one
+        that another environment holds is a `RunIdConflict`.
+
+        Raises:
+            Unreachable: the buffer cannot be read.
+        """
+        ...
+
+
+class Reservations(Protocol):
+    async def release(self, runs: Sequence[Snapshot]) -> None:
+        """Let go of reserved ids that are rows by now, or came to nothing.
+
+        Raises:
+            Unreachable: some may still be held; that is harmless.
+        """
+        ...
+
+
+class Store(Protocol):
+    async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
+        """Insert runs in one statement; per run, in order, its answer or why it was refused.
+
+        `now` decides which runs are still delayed.
+
+        A row that Postgres refuses is found and refused alone; it does not disturb the others.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be written; nothing was inserted.
+        """
+        ...
+
+    async def recall(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
+        """Per run, in order, its answer if its id is a row of its environment, a `RunIdConflict` if of
+        another's, else None.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be read.
+        """
+        ...
+
+
+class Taken(NamedTuple):
+    """The oldest entries of one environment, held by a drainer: (entry id, encoded snapshot), in order."""
+
+    environment_id: str
+    entries: Sequence[tuple[str, bytes]]
+
+
+class Turns(Protocol):
+    """Whose turn it is to be drained, and the entries that come with a turn."""
+
+    async def take(self, most: int) -> Sequence[Taken]:
+        """Take up to about `most` entries of the environments that have waited longest; none: nothing to do.
+
+        Raises:
+            Unreachable: the buffer cannot be reached.
+        """
+        ...
+
+    async def settle(self, taken: Sequence[Taken]) -> None:
+        """Take entries off the buffer: Postgres (or a dead letter) has them.
+
+        Raises:
+            Unreachable: it is not known whether that was done; they may be handed out again.
+        """
+        ...
+
+    async def put_back(self, taken: Sequence[Taken]) -> None:
+        """Return entries to the buffer, in their place.
+
+        Raises:
+            Unreachable: it is not known whether that was done.
+        """
+        ...
+
+
+class Materialised(NamedTuple):
+    """What became of a row: `present` was there already, `alias` lost its key to the winner."""
+
+    result: Literal["inserted", "present", "alias", "refused"]
+    winner_id: str | None = None
+    error: str | None = None
+
+
+class Materialiser(Protocol):
+    async def materialise(self, rows: Sequence[Row]) -> Sequence[Materialised]:
+        """Write rows in one statement, ignoring those that are there; per row, in order, what became of it.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be written; some rows may have been.
+        """
+        ...
+
+
+class Graveyard(Protocol):
+    async def bury(self, environment_id: str, entry_id: str, snapshot: bytes, reason: str, detail: str) -> None:
+        """Write a dead letter for a buffered entry.
+
+        Raises:
+            Unreachable: it is not known whether it was written.
+        """
+        ...
+
+
+class Desk(Protocol):
+    """Where requests come from and replies go to."""
+
+    async def set_aside(self, items: Sequence[Item]) -> None:
+        """Write dead letters; the entries themselves stay until `respond`.
+
+        Raises:
+            Unreachable: it is not known whether they were written; nothing may be acknowledged.
+        """
+        ...
+
+    async def respond(self, replies: Sequence[tuple[Item, bytes | None]]) -> None:
+        """Publish each item's reply, if it has one, then acknowledge and delete its entry; one round trip.
+
+        Raises:
+            Unreachable: it is not known whether that was done; the entries may come again.
+        """
+        ...

@@ -1,0 +1,85 @@
+"""Connections to Postgres, the statements of `app/sql`, and what its errors mean. DESIGN section 8."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import asyncpg
+
+from app.errors import InternalError, InvalidRequest, RequestError, StoreUnavailable
+
+Connection = Any
+"""An asyncpg connection, pooled or not."""
+
+_POOL_SIZE = 8
+_UNAVAILABLE_CLASSES = frozenset({"08", "25", "28", "3D", "40", "42", "53", "55", "57", "58", "XX"})
+_REFUSED_CLASSES = frozenset({"22", "23"})
+
+
+async def create_pool(url: str, timeout_s: float, size: int = _POOL_SIZE) -> "asyncpg.Pool[asyncpg.Record]":
+    """A pool that connects when it is first used, so a process can start while Postgres is away.
+
+    `?statement_cache_size=0` in the URL switches prepared statements off, for pgbouncer in
+    transaction mode; every other parameter is Postgres' own.
+    """
+    dsn, options = split_url(url)
+    return await asyncpg.create_pool(
+        dsn, min_size=0, max_size=size, timeout=timeout_s, command_timeout=timeout_s, **options
+    )
+
+
+async def connect(url: str, timeout_s: float) -> "asyncpg.Connection[asyncpg.Record]":
+    """One connection of its own; the caller closes it."""
+    dsn, options = split_url(url)
+    return await asyncpg.connect(dsn, timeout=timeout_s, **options)
+
+
+def split_url(url: str) -> tuple[str, dict[str, Any]]:
+    """The URL for Postgres, and the options in it that are asyncpg's."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    cache_size = query.pop("statement_cache_size", None)
+    dsn = urlunsplit(parts._replace(query=urlencode(query)))
+    return dsn, {} if cache_size is None else {"statement_cache_size": int(cache_size)}
+
+
+@asynccontextmanager
+async def acquire(pool: "asyncpg.Pool[asyncpg.Record]", timeout_s: float) -> AsyncIterator[Connection]:
+    """A connection from the pool.
+
+    Raises:
+        StoreUnavailable: none could be had in time, or Postgres failed while it was used.
+    """
+    try:
+        async with pool.acquire(timeout=timeout_s) as connection:
+            yield connection
+    except Exception as error:
+        if is_unavailable(error):
+            raise StoreUnavailable from error
+        raise
+
+
+def is_unavailable(error: Exception) -> bool:
+    """Whether an error speaks of Postgres (away, busy, not migrated), not of a row: trying later can help."""
+    if isinstance(error, asyncpg.PostgresError):
+        return (error.sqlstate or "XX")[:2] in _UNAVAILABLE_CLASSES
+    if isinstance(error, asyncpg.InterfaceError):
+        return not isinstance(error, ValueError)
+    return isinstance(error, OSError | TimeoutError)
+
+
+def refusal(error: Exception) -> RequestError:
+    """What a request whose row Postgres refuses is told."""
+    state = getattr(error, "sqlstate", None)
+    if isinstance(error, ValueError) or (state or "")[:2] in _REFUSED_CLASSES:
+        return InvalidRequest(f"The run cannot be stored (SQLSTATE {state or '22000'}).")
+    return InternalError()
+
+
+@cache
+def statement(name: str) -> str:
+    """The text of `app/sql/<name>.sql`."""
+    return files("app").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")

@@ -1,0 +1,77 @@
+"""Step 3: find the run of a request that was handled before, by its id, in both stores.
+
+Buffer first, then Postgres: a run only ever moves that way, so it cannot slip through between.
+Only then may a deadline or a count of deliveries refuse a request.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+
+from app import run_ids
+from app.batch import Answer, Batch, DeadLetter, Item
+from app.errors import DeadlineExceeded, InternalError, InvalidRequest, RequestError, StoreUnavailable
+from app.ports import Buffer, Store
+from app.settings import Settings
+from app.telemetry import Telemetry
+from schemas.snapshot import Snapshot
+
+Lookup = Callable[[Sequence[Item]], Awaitable[Sequence[Answer | RequestError | None]]]
+
+
+class Recall:
+    """Answers what has a run already, then refuses what is late, worn out, or claims an id it may not."""
+
+    def __init__(self, buffer: Buffer, store: Store, settings: Settings, telemetry: Telemetry) -> None:
+        self._buffer = buffer
+        self._store = store
+        self._settings = settings
+        self._telemetry = telemetry
+
+    async def __call__(self, batch: Batch) -> None:
+        asked = [item for item in batch.open() if item.is_redelivered or item.has_chosen_id]
+        if self._settings.enabled:
+            await _look_up(asked, self._recall_from_buffer)
+        try:
+            await _look_up([item for item in asked if item.open], self._recall_from_store)
+        except StoreUnavailable as error:
+            # An invented id can then not be told from a repeated one. Everything else can go on: if its
+            # run is a row already, Postgres ignores the second one.
+            self._telemetry.recall_failed(error)
+            _settle(asked, _has_reserved_form, error)
+        _settle(asked, _has_reserved_form, InvalidRequest("options.run_id: no run of this environment has this id"))
+        for item in batch.open():
+            self._refuse(item, batch)
+
+    async def _recall_from_buffer(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:
+        return await self._buffer.recall(_runs(items), [item.run for item in items if item.has_chosen_id and item.run])
+
+    async def _recall_from_store(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:
+        return await self._store.recall(_runs(items))
+
+    def _refuse(self, item: Item, batch: Batch) -> None:
+        assert item.request is not None
+        deadline = item.request.deadline
+        if item.entry.deliveries > self._settings.max_deliveries:
+            item.dead_letter = DeadLetter("deliveries", "it was handed out too often without ever being finished")
+            item.outcome = InternalError()
+        elif deadline is not None and deadline <= batch.now:
+            item.outcome = DeadlineExceeded()
+
+
+async def _look_up(items: Sequence[Item], lookup: Lookup) -> None:
+    if items:
+        for item, found in zip(items, await lookup(items), strict=True):
+            item.outcome = found
+
+
+def _runs(items: Sequence[Item]) -> list[Snapshot]:
+    return [item.run for item in items if item.run is not None]
+
+
+def _settle(items: Sequence[Item], condition: Callable[[Item], bool], error: RequestError) -> None:
+    for item in items:
+        if item.open and condition(item):
+            item.outcome = error
+
+
+def _has_reserved_form(item: Item) -> bool:
+    return item.has_chosen_id and item.run is not None and run_ids.is_derived(item.run.id)

@@ -1,0 +1,162 @@
+"""Connections to Redis, and scripts run in as few round trips as there can be.
+
+Errors are translated here, once: a server that answers with an error refused; one that does not
+answer is `Unreachable`, and what it did is not known.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from app.backoff import Backoff
+from app.errors import Unreachable
+
+LOST = (RedisConnectionError, RedisTimeoutError, OSError)
+
+_CONNECTIONS = 32
+_CONNECT_S = 2.0
+_ANSWER_S = 5.0
+_READ_AGAIN_S = 0.05
+_READ_AGAIN_LONGEST_S = 1.0
+
+
+def connect(url: str) -> "Redis[bytes]":
+    """A client for commands that do not block. Connects lazily; a cut connection is tried once more."""
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=_CONNECTIONS,
+        protocol=2,
+        timeout=_ANSWER_S,
+        socket_connect_timeout=_CONNECT_S,
+        socket_timeout=_ANSWER_S,
+        retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+    )
+    return Redis.from_pool(pool)
+
+
+class Call(NamedTuple):
+    """One script with its keys and arguments; or, with `keys` None, the plain command `name`."""
+
+    name: str
+    keys: Sequence[str] | None
+    arguments: Sequence[str | bytes | int]
+
+
+class Scripts:
+    """Runs the scripts of `app/lua`. Every one of them is safe to run twice."""
+
+    def __init__(self, redis: "Redis[bytes]") -> None:
+        self._redis = redis
+
+    async def run(self, calls: Sequence[Call]) -> list[Any]:
+        """Run calls in one round trip; per call, in order, its answer or the server's `ResponseError`.
+
+        Raises:
+            Unreachable: the server did not answer.
+        """
+        if not calls:
+            return []
+        answers = await self._send(calls)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
+            await self._load({call.name for call in calls if call.keys is not None})
+            answers = await self._send(calls)
+        return answers
+
+    async def run_one(self, call: Call) -> Any:
+        """Run one call.
+
+        Raises:
+            Unreachable: the server did not answer.
+            ResponseError: the server refused.
+        """
+        (answer,) = await self.run([call])
+        if isinstance(answer, ResponseError):
+            raise answer
+        return answer
+
+    async def _send(self, calls: Sequence[Call]) -> list[Any]:
+        try:
+            if len(calls) == 1:
+                try:
+                    return [await self._redis.execute_command(*_command(calls[0]))]
+                except ResponseError as error:
+                    return [error]
+            async with self._redis.pipeline(transaction=False) as pipeline:
+                for call in calls:
+                    pipeline.execute_command(*_command(call))
+                answers: list[Any] = await pipeline.execute(raise_on_error=False)
+        except LOST as error:
+            raise Unreachable(f"Redis: {error}") from error
+        for answer in answers:
+            if isinstance(answer, LOST):
+                raise Unreachable(f"Redis: {answer}") from answer
+        return answers
+
+    async def _load(self, names: set[str]) -> None:
+        try:
+            for name in names:
+                await self._redis.script_load(_script(name)[0])
+        except LOST as error:
+            raise Unreachable(f"Redis: {error}") from error
+
+
+def _command(call: Call) -> tuple[Any, ...]:
+    if call.keys is None:
+        return (call.name, *call.arguments)
+    return ("EVALSHA", _script(call.name)[1], len(call.keys), *call.keys, *call.arguments)
+
+
+@cache
+def _script(name: str) -> tuple[str, str]:
+    """Text and digest of `app/lua/<name>.lua`."""
+    text = files("app").joinpath("lua", f"{name}.lua").read_text(encoding="utf-8")
+    return text, sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+class PatientRetry(Retry):
+    """For a client that only reads a stream: whatever Redis says, wait with jitter and read again.
+
+    FastStream's own answer to an error is to stop for good (NOGROUP), to spin (READONLY, MISCONF)
+    or to sleep a fixed 5 s. `moved` is called at every try, which shows that the loop is alive.
+    """
+
+    def __init__(self, moved: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+        super().__init__(NoBackoff(), -1)
+        self._moved = moved
+        self._failed = failed
+
+    def __deepcopy__(self, memo: object) -> "PatientRetry":
+        """Every connection of a pool shares it: it holds no state of its own."""
+        return self
+
+    async def call_with_retry(
+        self,
+        do: Callable[[], Awaitable[Any]],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> Any:
+        """See `redis.asyncio.retry.Retry`; only BUSYGROUP, which is no failure, is let through."""
+        backoff = Backoff(_READ_AGAIN_S, _READ_AGAIN_LONGEST_S)
+        failures = 0
+        while True:
+            self._moved()
+            try:
+                return await do()
+            except (*LOST, ResponseError) as error:
+                if "BUSYGROUP" in str(error):
+                    raise
+                failures += 1
+                self._failed(error)
+                await (fail(error, failures) if with_failure_count else fail(error))
+                await asyncio.sleep(backoff.delay_s())

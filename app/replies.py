@@ -1,0 +1,61 @@
+"""Replies out, requests off their stream, and dead letters set aside."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from redis.exceptions import ResponseError
+
+from app.batch import Item
+from app.errors import Unreachable
+from app.keys import Keys
+from app.redis_client import Call, Scripts
+
+Argument = str | bytes | int
+
+
+class RedisDesk:
+    """Implements `ports.Desk` for one request stream, and `ports.Graveyard`."""
+
+    def __init__(self, scripts: Scripts, keys: Keys, stream: str) -> None:
+        self._scripts = scripts
+        self._keys = keys
+        self._stream = stream
+
+    async def respond(self, replies: Sequence[tuple[Item, bytes | None]]) -> None:
+        """See `ports.Desk.respond`."""
+        if not replies:
+            return
+        arguments: list[Argument] = [self._keys.group, len(replies)]
+        arguments += (item.entry.id for item, _ in replies)
+        for item, reply in replies:
+            if reply is not None and item.reply_to is not None:
+                arguments += (item.reply_to, reply)
+        await self._run([Call("respond", [self._stream], arguments)])
+
+    async def set_aside(self, items: Sequence[Item]) -> None:
+        """See `ports.Desk.set_aside`."""
+        calls = []
+        for item in items:
+            assert item.dead_letter is not None
+            original = [part for pair in item.entry.fields.items() for part in pair]
+            head = self._head(self._stream, item.entry.id, *item.dead_letter, item.entry.deliveries)
+            calls.append(Call("XADD", None, [*head, *original]))
+        await self._run(calls)
+
+    async def bury(
+        self, environment_id: str, entry_id: str, snapshot: bytes, reason: str, detail: str
+    ) -> None:
+        """See `ports.Graveyard.bury`."""
+        head = self._head(self._keys.environment(environment_id).entries, entry_id, reason, detail, 1)
+        await self._run([Call("XADD", None, [*head, "snapshot", snapshot])])
+
+    def _head(self, source: str, entry_id: str, reason: str, detail: str, deliveries: int) -> list[Argument]:
+        """The command for a dead letter, up to the original's own fields. DESIGN section 3.4."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        fields = ("source", source, "id", entry_id, "reason", reason, "detail", detail, "deliveries", deliveries)
+        return [self._keys.dead_letters, "*", *fields, "at", now]
+
+    async def _run(self, calls: Sequence[Call]) -> None:
+        for answer in await self._scripts.run(calls):
+            if isinstance(answer, ResponseError):
+                raise Unreachable(f"Redis: {answer}") from answer

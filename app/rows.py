@@ -1,0 +1,67 @@
+"""A run as a row of `mollifier.runs`: its columns, and the status it has at a given time."""
+
+from datetime import datetime
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
+
+from schemas.snapshot import Snapshot
+
+Status = Literal[
+    "DELAYED", "QUEUED", "EXECUTING", "COMPLETED", "FAILED", "CANCELED", "EXPIRED", "SYSTEM_FAILURE"
+]
+
+FROM_SNAPSHOT = (
+    "id", "organization_id", "project_id", "environment_id", "environment_type", "task", "payload",
+    "payload_type", "tags", "idempotency_key", "idempotency_key_expires_at", "delay_until",
+    "ttl_seconds", "expires_at", "queue", "concurrency_key", "worker_queue", "machine", "priority",
+    "max_attempts", "max_duration", "locked_to_version", "is_test", "depth", "parent_run_id",
+    "root_run_id", "resume_parent_on_completion", "batch_id", "batch_index", "debounce_key",
+    "debounce_until", "one_time_use_token", "replayed_from_run_id", "trace_id", "span_id",
+    "parent_span_id", "created_at", "buffered_at",
+)
+"""Columns that hold a snapshot's field as it is."""
+
+JSON_FROM_SNAPSHOT = ("metadata", "idempotency_key_options", "trace_context")
+"""Columns of type jsonb, from a field that holds JSON text."""
+
+COLUMNS = (*FROM_SNAPSHOT, "status", *JSON_FROM_SNAPSHOT, "cancelled_at", "cancel_reason", "error")
+"""What a new row is given; the order of the type `mollifier.new_run`."""
+
+_fields = attrgetter(*FROM_SNAPSHOT)
+
+
+class Row(NamedTuple):
+    """A run about to be written, and what only a row has. `error` is JSON text."""
+
+    run: Snapshot
+    status: Status
+    cancelled_at: datetime | None = None
+    cancel_reason: str | None = None
+    error: str | None = None
+
+    def values(self) -> tuple[Any, ...]:
+        """The values of `COLUMNS`."""
+        run = self.run
+        return (
+            *_fields(run),
+            self.status,
+            _text(run.metadata),
+            _text(run.idempotency_key_options),
+            _text(run.trace_context),
+            self.cancelled_at,
+            self.cancel_reason,
+            self.error,
+        )
+
+
+def status_at(run: Snapshot, now: datetime) -> Status:
+    """The status of a run that nothing has happened to yet. DESIGN section 8."""
+    if run.expires_at is not None and run.expires_at <= now:
+        return "EXPIRED"
+    if run.delay_until is not None and run.delay_until > now:
+        return "DELAYED"
+    return "QUEUED"
+
+
+def _text(json: bytes | None) -> str | None:
+    return None if json is None else json.decode()

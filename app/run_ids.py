@@ -1,0 +1,55 @@
+"""Run ids: derived from a stream entry, or chosen by the caller. Guarantee G3.
+
+A derived id is `m` and 31 hexadecimal digits: 12 of the entry's milliseconds, 5 of its sequence,
+14 of a digest over namespace, entry id and environment. So it sorts by time, is the same at every
+redelivery, and differs between deployments that share a database. That form is reserved: a caller
+may repeat such an id but not invent one.
+"""
+
+import re
+from hashlib import blake2b
+
+PREFIX = "run_"
+
+_DERIVED = re.compile(r"m[0-9a-f]{31}")
+_CHOSEN = re.compile(r"run_([A-Za-z0-9][A-Za-z0-9_-]{0,127})")
+_LARGEST_SEQUENCE = 0xFFFFF
+
+
+def derive(namespace: str, entry_id: str, environment_id: str) -> str:
+    """The id (without `run_`) of the run that the stream entry `<ms>-<seq>` asks for."""
+    ms, _, sequence = entry_id.partition("-")
+    digest = blake2b(f"{namespace}\0{entry_id}\0{environment_id}".encode(), digest_size=7).hexdigest()
+    return f"m{int(ms) & 0xFFFFFFFFFFFF:012x}{min(int(sequence), _LARGEST_SEQUENCE):05x}{digest}"
+
+
+def is_derived(run_id: str) -> bool:
+    """Whether an id has the reserved form."""
+    return _DERIVED.fullmatch(run_id) is not None
+
+
+def parse_friendly(friendly_id: str) -> str:
+    """`run_abc` -> `abc`.
+
+    Raises:
+        ValueError: not `run_` and 1 to 128 letters, digits, `_` or `-`.
+    """
+    match = _CHOSEN.fullmatch(friendly_id)
+    if match is None:
+        raise ValueError("must be run_ and then 1 to 128 letters, digits, _ or -")
+    return match.group(1)
+
+
+def friendly(run_id: str) -> str:
+    """What customers see of an id."""
+    return PREFIX + run_id
+
+
+def span_id(run_id: str) -> str:
+    """The W3C span id (16 hexadecimal digits) of a run, the same at every redelivery."""
+    return blake2b(run_id.encode(), digest_size=8, person=b"span").hexdigest()
+
+
+def trace_id(run_id: str) -> str:
+    """The W3C trace id (32 hexadecimal digits) of a run whose producer sent no `traceparent`."""
+    return blake2b(run_id.encode(), digest_size=16, person=b"trace").hexdigest()

@@ -1,0 +1,202 @@
+"""All settings: read once from the environment, checked, frozen, passed down. DESIGN section 10.
+
+A bad value raises `ConfigurationError` with one line per variable, each by its full name.
+"""
+
+import re
+from functools import cached_property
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import ConfigurationError
+
+PREFIX = "MOLLIFIER_"
+
+Positive = Annotated[int, Field(ge=1, le=2_147_483_647)]
+Natural = Annotated[int, Field(ge=0, le=2_147_483_647)]
+
+
+class Settings(BaseSettings):
+    """One value for the life of the process. Times are in the unit that the name ends with."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", case_sensitive=False)
+
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6379/0", validation_alias="REDIS_URL", description="Redis or Valkey."
+    )
+    database_url: str = Field(
+        default="postgresql://postgres@127.0.0.1:5432/postgres",
+        validation_alias="DATABASE_URL",
+        description="Postgres.",
+    )
+    host: str = Field(
+        default="127.0.0.1", validation_alias="HOST", description="Address of the HTTP side (health, metrics)."
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        default=0, validation_alias="PORT", description="Its port; 0: any free one, which is logged."
+    )
+
+    enabled: bool = Field(default=True, description="The master switch; off: everything passes through.")
+    shadow_mode: bool = Field(default=False, description="Decide and record, but pass through.")
+    default_enrolled: bool = Field(
+        default=True, description="Whether an organization that nobody has decided on is enrolled."
+    )
+    trip_window_ms: Positive = Field(default=200, description="Length of the gate's rate window.")
+    trip_threshold: Positive = Field(
+        default=100, description="Triggers of one environment per window that pass; the next one trips the gate."
+    )
+    hold_ms: Positive = Field(default=500, description="How long the gate stays tripped after the last overage.")
+    hold_until_drained: bool = Field(
+        default=False, description="Stay tripped while the environment has queued entries."
+    )
+    gate_window: Literal["sliding", "fixed"] = Field(
+        default="sliding", description="`sliding` (two weighted buckets) or `fixed`."
+    )
+    global_trip_threshold: Natural = Field(
+        default=0, description="The same over all environments together; 0: off."
+    )
+    divert_on_store_failure: bool = Field(
+        default=True, description="Buffer what may be buffered while Postgres fails or is slow."
+    )
+    store_pressure_latency_ms: Positive = Field(
+        default=500, description="Average time of a write over which Postgres counts as under pressure."
+    )
+    store_timeout_ms: Positive = Field(
+        default=5000, description="Longest wait for a connection or a statement of Postgres."
+    )
+    claim_ttl_s: Positive = Field(default=30, description="Longest life of a pending claim.")
+    claim_min_ttl_s: Positive = Field(default=5, description="Shortest life of a pending claim.")
+    claim_wait_ms: Natural = Field(default=5000, description="How long a request waits for another's claim.")
+    claim_poll_ms: Positive = Field(default=25, description="Time between two looks at awaited claims.")
+    mutate_wait_ms: Natural = Field(
+        default=2000, description="How long a change waits for a run that is being materialised."
+    )
+    trigger_batch_size: Annotated[int, Field(ge=1, le=3000)] = Field(
+        default=500, description="Most requests read at once by a trigger worker."
+    )
+    trigger_inflight_batches: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=2, description="Batches that a trigger worker handles at the same time."
+    )
+    heartbeat_ttl_ms: Annotated[int, Field(ge=300, le=3_600_000)] = Field(
+        default=5000, description="Silence after which a process counts as dead."
+    )
+    reclaim_idle_ms: Positive = Field(
+        default=60000, description="Idle time after which an entry is taken over in any case."
+    )
+    max_deliveries: Positive = Field(
+        default=5, description="Deliveries of one request after which it becomes a dead letter."
+    )
+    drain_batch_size: Annotated[int, Field(ge=1, le=3000)] = Field(
+        default=500, description="Most rows in one write of a drainer."
+    )
+    drain_max_attempts: Positive = Field(
+        default=3, description="Tries for a row that Postgres refuses before it becomes SYSTEM_FAILURE."
+    )
+    drain_max_rate: Natural = Field(default=0, description="Rows a second of all drainers together; 0: no limit.")
+    drain_target_latency_ms: Positive = Field(
+        default=250, description="Commit time around which a drainer sizes its batches."
+    )
+    ack_grace_ttl_s: Natural = Field(
+        default=30, description="How long an entry stays readable after it was materialised."
+    )
+    stale_threshold_ms: Positive = Field(
+        default=300000, description="Dwell over which an entry is reported as stale."
+    )
+    stale_sweep_interval_s: Positive = Field(default=30, description="Time between two passes of the sweeper.")
+    shutdown_timeout_s: Positive = Field(
+        default=30, description="Time a process has after SIGTERM to finish what it holds."
+    )
+    max_payload_bytes: Positive = Field(default=524288, description="Longest payload, in bytes as received.")
+    max_metadata_bytes: Positive = Field(default=262144, description="Longest metadata, in bytes as received.")
+    max_tags: Natural = Field(default=10, description="Most tags of one run.")
+    max_buffered_per_env: Natural = Field(
+        default=0, description="Most entries one environment may have queued; 0: no limit."
+    )
+    partitions: Annotated[int, Field(ge=1, le=1024)] = Field(
+        default=16, description="Hash slots the buffer is spread over; the same in every process, for ever."
+    )
+    namespace: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = Field(
+        default="mollifier", description="First part of every key, stream and channel."
+    )
+    reply_channels: str = Field(
+        default="", description="Regular expression that a whole `reply_to` must match; empty: see docs/wire.md."
+    )
+    buffer_wait_replicas: Natural = Field(
+        default=0, description="Replicas that must have a snapshot before its reply is sent (WAIT)."
+    )
+    buffer_wait_aof: Annotated[int, Field(ge=0, le=1)] = Field(
+        default=0, description="1: the local append-only file must have it on disk too (WAITAOF)."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe event that is logged."
+    )
+    log_format: Literal["json", "console"] = Field(default="json", description="`json` or `console`.")
+
+    @field_validator("reply_channels")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"is not a regular expression: {error}") from None
+        return value
+
+    @field_validator("redis_url", "database_url")
+    @classmethod
+    def _is_url(cls, value: str) -> str:
+        if not urlsplit(value).scheme:
+            raise ValueError("is not a URL")
+        return value
+
+    @field_validator("log_level", "log_format", "gate_window", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+    @cached_property
+    def reply_channel_pattern(self) -> re.Pattern[str]:
+        """What a whole `reply_to` must match: wire.md, "Reply"."""
+        default = rf"{re.escape(self.namespace)}:reply:.{{1,200}}|[A-Za-z0-9]{{22}}"
+        return re.compile(self.reply_channels or default, re.DOTALL)
+
+    @classmethod
+    def variable(cls, field: str) -> str:
+        """The environment variable of a field, e.g. `trip_window_ms` -> `MOLLIFIER_TRIP_WINDOW_MS`."""
+        alias = cls.model_fields[field].validation_alias
+        return alias if isinstance(alias, str) else PREFIX + field.upper()
+
+    @classmethod
+    def load(cls) -> "Settings":
+        """Read the environment.
+
+        Raises:
+            ConfigurationError: a value is wrong; one line for each, naming the variable.
+        """
+        try:
+            return cls()
+        except ValidationError as error:
+            raise ConfigurationError("\n".join(_complaint(cls, one) for one in error.errors())) from None
+
+    def masked(self) -> dict[str, str]:
+        """Every variable with its effective value, for people to read; passwords are left out."""
+        shown = {self.variable(name): str(getattr(self, name)) for name in type(self).model_fields}
+        return {name: _without_password(value) if name.endswith("_URL") else value for name, value in shown.items()}
+
+
+def _complaint(settings: type[Settings], error: Any) -> str:
+    field = str(error["loc"][0])
+    name = settings.variable(field) if field in settings.model_fields else field
+    message = error["msg"].removeprefix("Value error, ")
+    value = "" if name.endswith("_URL") else f" (it is {error['input']!r})"
+    return f"{name}: {message}{value}"
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))

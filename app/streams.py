@@ -1,0 +1,118 @@
+"""A request stream's consumer group: creating it, and taking over what dead consumers held."""
+
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError, ResponseError
+
+from app.batch import Entry
+from app.errors import Unreachable
+from app.keys import Keys
+from app.redis_client import LOST
+
+_ORPHANED_MS = 1000
+"""How long an entry of our own may be pending without being held before it counts as lost on the way here."""
+
+_QUARANTINE = 3
+"""From this delivery on an entry is handled alone: it may be what its batch died of."""
+
+
+class RequestStream:
+    """One stream as one consumer sees it."""
+
+    def __init__(self, redis: "Redis[bytes]", keys: Keys, stream: str, consumer: str, reclaim_idle_ms: int) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._stream = stream
+        self._group = keys.group
+        self._consumer = consumer
+        self._reclaim_idle_ms = reclaim_idle_ms
+
+    async def ensure_group(self) -> bool:
+        """Create the group at the stream's beginning if it is not there; whether it had to be.
+
+        Raises:
+            Unreachable: Redis cannot be reached, or refuses.
+        """
+        try:
+            await self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+        except ResponseError as error:
+            if "BUSYGROUP" in str(error):
+                return False
+            raise Unreachable(f"Redis: {error}") from error
+        except LOST as error:
+            raise Unreachable(f"Redis: {error}") from error
+        return True
+
+    async def recover(self, held: Collection[str], most: int) -> tuple[str, list[list[Entry]]]:
+        """Take over up to `most` entries that nobody is working on; why, and the batches to handle them in.
+
+        `held` are the ids this process is working on. In turn: what consumers without a heartbeat
+        had, what this one was given and never saw, what has been idle for RECLAIM_IDLE_MS.
+
+        Raises:
+            Unreachable: Redis cannot be reached, or refuses.
+        """
+        try:
+            for why, pending in await self._abandoned(held, most):
+                entries = await self._claim(pending)
+                if entries:
+                    return why, _batches(entries)
+        except (RedisError, OSError) as error:
+            raise Unreachable(f"Redis: {error}") from error
+        return "", []
+
+    async def leave(self) -> None:
+        """Remove this consumer from the group, unless it has entries that others are to take over."""
+        try:
+            if not await self._pending(1, self._consumer):
+                await self._redis.xgroup_delconsumer(self._stream, self._group, self._consumer)
+        except (RedisError, OSError) as error:
+            raise Unreachable(f"Redis: {error}") from error
+
+    async def _abandoned(self, held: Collection[str], most: int) -> list[tuple[str, list[Any]]]:
+        """Pending entries that can be claimed, by reason: (entry id, minimal idle ms, deliveries)."""
+        consumers = await self._redis.xinfo_consumers(self._stream, self._group)
+        names = [one["name"].decode() for one in consumers if one["pending"] > 0]
+        others = [name for name in names if name != self._consumer]
+        found: list[tuple[str, list[Any]]] = []
+        if others:
+            alive = await self._redis.mget([self._keys.heartbeat(name) for name in others])
+            for name, beat in zip(others, alive, strict=True):
+                if beat is None:
+                    found.append(("holder_gone", await self._pending(most, name)))
+        if self._consumer in names:
+            own = await self._pending(most + len(held), self._consumer, _ORPHANED_MS)
+            found.append(("lost_on_the_way", [one for one in own if one[0] not in held]))
+        if others:
+            found.append(("idle", await self._pending(most, None, self._reclaim_idle_ms)))
+        return [(why, [one for one in pending if one[0] not in held]) for why, pending in found if pending]
+
+    async def _pending(self, most: int, consumer: str | None, idle_ms: int | None = None) -> list[Any]:
+        pending = await self._redis.xpending_range(
+            self._stream, self._group, "-", "+", most, consumername=consumer, idle=idle_ms
+        )
+        return [(one["message_id"].decode(), one["time_since_delivered"], one["times_delivered"]) for one in pending]
+
+    async def _claim(self, pending: Sequence[Any]) -> list[Entry]:
+        """Claim entries; those that another consumer was quicker to claim stay with it."""
+        if not pending:
+            return []
+        deliveries = {entry_id: count + 1 for entry_id, _, count in pending}
+        idle_ms = min(idle for _, idle, _ in pending)
+        claimed = await self._redis.xclaim(
+            self._stream, self._group, self._consumer, max(1, idle_ms), [entry_id for entry_id, _, _ in pending]
+        )
+        return [
+            Entry(entry_id.decode(), fields, deliveries[entry_id.decode()])
+            for entry_id, fields in claimed
+            if fields is not None
+        ]
+
+
+def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:
+    together = [entry for entry in entries if entry.deliveries < _QUARANTINE]
+    alone = [[entry] for entry in entries if entry.deliveries >= _QUARANTINE]
+    return [together, *alone] if together else alone

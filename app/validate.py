@@ -1,0 +1,180 @@
+"""Step 2: from a request to the run it asks for, within the limits and with durations as instants.
+
+Every instant counts from the time of the stream entry, so that a request which is handled again
+asks for the same run. DESIGN section 5.
+"""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+
+import msgspec
+import orjson
+
+from app import run_ids
+from app.batch import Batch, Entry
+from app.durations import parse_delay, parse_duration, parse_ttl
+from app.errors import InvalidRequest, MetadataTooLarge, PayloadTooLarge, RequestError, TooManyTags
+from app.settings import Settings
+from schemas.requests import Options, TraceContext, TriggerRequest
+from schemas.snapshot import Snapshot
+
+KEY_TTL_S = 30 * 86_400
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_LATEST_MS = 253_402_300_799_000 - 20 * 366 * 86_400_000
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+_NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+
+Value = TypeVar("Value")
+Parsed = TypeVar("Parsed")
+
+
+class Validate:
+    """Fills in the run that each request asks for, or its outcome."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    async def __call__(self, batch: Batch) -> None:
+        for item in batch.open():
+            assert item.request is not None
+            try:
+                item.run = build_run(item.entry, item.request, self._settings)
+            except RequestError as error:
+                item.outcome = error
+
+
+def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snapshot:
+    """The run that a request asks for.
+
+    Raises:
+        InvalidRequest, PayloadTooLarge, MetadataTooLarge, TooManyTags: the message names the field.
+    """
+    options, environment = request.options, request.environment
+    created_at = entry_time(entry.ms)
+    run_id = _run_id(entry, request, settings)
+    trace_id, parent_span_id, trace_context = _trace(run_id, request.trace_context)
+    ttl_seconds = _parse("options.ttl", parse_ttl, options.ttl)
+    debounce_until = None
+    if options.debounce is not None:
+        debounce_until = created_at + timedelta(
+            seconds=_parsed("options.debounce.delay", parse_duration, options.debounce.delay)
+        )
+        _parse("options.debounce.max_delay", parse_duration, options.debounce.max_delay)
+    if len(options.tags) > settings.max_tags:
+        raise TooManyTags(f"options.tags: {len(options.tags)} are more than {settings.max_tags}")
+    return Snapshot(
+        id=run_id,
+        organization_id=environment.organization_id,
+        project_id=environment.project_id,
+        environment_id=environment.id,
+        environment_type=environment.type,
+        task=request.task,
+        payload=_payload(request, settings),
+        payload_type=request.payload_type,
+        metadata=_metadata(options, settings),
+        tags=tuple(dict.fromkeys(options.tags)),
+        idempotency_key=options.idempotency_key,
+        idempotency_key_expires_at=_key_expiry(options, created_at),
+        idempotency_key_options=msgspec.json.encode(options.idempotency_key_options)
+        if options.idempotency_key_options
+        else None,
+        delay_until=debounce_until
+        if options.delay is None
+        else _parsed("options.delay", lambda text: parse_delay(text, created_at), options.delay),
+        ttl_seconds=ttl_seconds,
+        expires_at=None if ttl_seconds is None else created_at + timedelta(seconds=ttl_seconds),
+        queue=options.queue,
+        concurrency_key=options.concurrency_key,
+        worker_queue=options.worker_queue,
+        machine=options.machine,
+        priority=options.priority,
+        max_attempts=options.max_attempts,
+        max_duration=options.max_duration,
+        locked_to_version=options.lock_to_version,
+        is_test=options.test,
+        parent_run_id=_parse("options.parent_run_id", run_ids.parse_friendly, options.parent_run_id),
+        resume_parent_on_completion=options.resume_parent_on_completion,
+        batch_id=options.batch.id if options.batch else None,
+        batch_index=options.batch.index if options.batch else None,
+        debounce_key=options.debounce.key if options.debounce else None,
+        debounce_until=debounce_until,
+        one_time_use_token=options.one_time_use_token,
+        replayed_from_run_id=_parse(
+            "options.replayed_from_run_id", run_ids.parse_friendly, options.replayed_from_run_id
+        ),
+        trace_id=trace_id,
+        span_id=run_ids.span_id(run_id),
+        parent_span_id=parent_span_id,
+        trace_context=trace_context,
+        created_at=created_at,
+    )
+
+
+def entry_time(ms: int) -> datetime:
+    """The time of a stream entry; producers may write ids of any size, so it is bounded."""
+    return _EPOCH + timedelta(milliseconds=min(ms, _LATEST_MS))
+
+
+def _run_id(entry: Entry, request: TriggerRequest, settings: Settings) -> str:
+    if request.options.run_id is not None:
+        return _parsed("options.run_id", run_ids.parse_friendly, request.options.run_id)
+    return run_ids.derive(settings.namespace, entry.id, request.environment.id)
+
+
+def _payload(request: TriggerRequest, settings: Settings) -> bytes | None:
+    if isinstance(request.payload, msgspec.UnsetType):
+        return None
+    payload = bytes(request.payload)
+    if len(payload) > settings.max_payload_bytes:
+        raise PayloadTooLarge(f"payload: {len(payload)} bytes are more than {settings.max_payload_bytes}")
+    return payload
+
+
+def _metadata(options: Options, settings: Settings) -> bytes | None:
+    """The bytes of `options.metadata`: an object that Postgres' jsonb can hold."""
+    if isinstance(options.metadata, msgspec.UnsetType):
+        return None
+    metadata = bytes(options.metadata)
+    if len(metadata) > settings.max_metadata_bytes:
+        raise MetadataTooLarge(
+            f"options.metadata: {len(metadata)} bytes are more than {settings.max_metadata_bytes}"
+        )
+    if not metadata.startswith(b"{"):
+        raise InvalidRequest("options.metadata: must be an object")
+    if _NUL_ESCAPE.search(metadata):
+        raise InvalidRequest("options.metadata: contains a NUL character")
+    try:
+        orjson.loads(metadata)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"options.metadata: {error}") from None
+    return metadata
+
+
+def _key_expiry(options: Options, created_at: datetime) -> datetime | None:
+    seconds = _parse("options.idempotency_key_ttl", parse_ttl, options.idempotency_key_ttl)
+    if options.idempotency_key is None:
+        return None
+    return created_at + timedelta(seconds=KEY_TTL_S if seconds is None else seconds)
+
+
+def _trace(run_id: str, context: TraceContext | None) -> tuple[str, str | None, bytes | None]:
+    if context is None or context.traceparent is None:
+        return run_ids.trace_id(run_id), None, None
+    match = _TRACEPARENT.fullmatch(context.traceparent)
+    if match is None:
+        raise InvalidRequest("trace_context.traceparent: not a W3C traceparent")
+    return match[1], match[2], msgspec.json.encode(context)
+
+
+def _parse(field: str, parse: Callable[[Value], Parsed], value: Value | None) -> Parsed | None:
+    return None if value is None else _parsed(field, parse, value)
+
+
+def _parsed(field: str, parse: Callable[[Value], Parsed], value: Value) -> Parsed:
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise InvalidRequest(f"{field}: {error}") from None

@@ -1,0 +1,107 @@
+"""The only module that names every adapter: what a process is made of, and how it comes and goes."""
+
+import time
+from dataclasses import dataclass
+
+import asyncpg
+from redis.asyncio import Redis
+
+from app.buffer import RedisBuffer
+from app.drain import Drain
+from app.gate import RedisGate
+from app.health import Health
+from app.heartbeat import Heartbeat, consumer_name
+from app.keys import Keys
+from app.pipeline import Pipeline
+from app.postgres import create_pool
+from app.redis_client import Scripts, connect
+from app.replies import RedisDesk
+from app.settings import Settings
+from app.store import PostgresStore
+from app.store_health import StoreHealth
+from app.streams import RequestStream
+from app.telemetry import Telemetry
+from app.turns import RedisTurns, Wake
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What every process has: its name, its connections, and how it is doing."""
+
+    settings: Settings
+    consumer: str
+    keys: Keys
+    redis: "Redis[bytes]"
+    scripts: Scripts
+    pool: "asyncpg.Pool[asyncpg.Record]"
+    store: PostgresStore
+    buffer: RedisBuffer
+    heartbeat: Heartbeat
+    health: Health
+    telemetry: Telemetry
+
+    @classmethod
+    async def open(cls, settings: Settings, telemetry: Telemetry) -> "World":
+        """Connect to nothing yet: a process starts, and says that it is not ready, while servers are away."""
+        keys = Keys(settings.namespace, settings.partitions)
+        redis = connect(settings.redis_url)
+        scripts = Scripts(redis)
+        pool = await create_pool(settings.database_url, settings.store_timeout_ms / 1000)
+        store = PostgresStore(pool, settings)
+        consumer = consumer_name()
+        return cls(
+            settings=settings,
+            consumer=consumer,
+            keys=keys,
+            redis=redis,
+            scripts=scripts,
+            pool=pool,
+            store=store,
+            buffer=RedisBuffer(scripts, keys, settings),
+            heartbeat=Heartbeat(scripts, keys, consumer, settings.heartbeat_ttl_ms, telemetry),
+            health=Health({"redis": redis.ping, "postgres": store.ping}),
+            telemetry=telemetry,
+        )
+
+    async def close(self) -> None:
+        """Let everything go. Statements under way have been waited for by then."""
+        await self.redis.aclose()
+        self.pool.terminate()
+
+    def trigger_stream(self) -> RequestStream:
+        """The trigger stream, as this process' consumer sees it."""
+        return RequestStream(
+            self.redis, self.keys, self.keys.triggers, self.consumer, self.settings.reclaim_idle_ms
+        )
+
+    def pipeline(self) -> Pipeline:
+        """The way of a trigger, on real servers."""
+        return Pipeline(
+            gate=RedisGate(self.scripts, self.keys, self.settings),
+            buffer=self.buffer,
+            reservations=self.buffer,
+            store=self.store,
+            desk=RedisDesk(self.scripts, self.keys, self.keys.triggers),
+            health=StoreHealth(self.settings, time.monotonic),
+            settings=self.settings,
+            telemetry=self.telemetry,
+        )
+
+    def turns(self) -> RedisTurns:
+        """The drainers' turns, as this process' consumer takes them."""
+        return RedisTurns(self.scripts, self.keys, self.settings, self.consumer)
+
+    def wake(self) -> Wake:
+        """What wakes an idle drainer."""
+        return Wake(self.redis, self.keys)
+
+    def drain(self, turns: RedisTurns) -> Drain:
+        """The way of a buffered run, on real servers."""
+        return Drain(
+            turns=turns,
+            materialiser=self.store,
+            graveyard=RedisDesk(self.scripts, self.keys, self.keys.triggers),
+            reservations=self.buffer,
+            settings=self.settings,
+            telemetry=self.telemetry,
+        )

@@ -1,0 +1,1 @@
+"""The structs of everything that travels: requests, replies, and the snapshot of a run."""

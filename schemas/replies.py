@@ -1,0 +1,60 @@
+"""What is published on a request's reply channel, wire version 1."""
+
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+RunStatus = Literal["QUEUED", "DELAYED"]
+
+
+class RunReference(Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """The run that answers a request. `id` is the primary key, `friendly_id` what customers see."""
+
+    id: str
+    friendly_id: str
+    span_id: str | None = None
+
+
+class Notice(Struct, frozen=True, kw_only=True, gc=False):
+    """A remark for the producer's log; nothing has to be done about it."""
+
+    code: str
+    message: str
+    docs: str
+
+
+MOLLIFIED = Notice(
+    code="mollifier.queued",
+    message="This environment triggers faster than its limit. The run was accepted and starts after a short wait.",
+    docs="docs/wire.md#notices",
+)
+
+
+class RunReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="run"):
+    """A request's success. `notice` is there only for a run that was newly mollified."""
+
+    correlation_id: str | None
+    run: RunReference
+    status: RunStatus
+    is_cached: bool
+    is_mollified: bool
+    notice: Notice | UnsetType = UNSET
+
+
+class ErrorDetail(Struct, frozen=True, kw_only=True, gc=False):
+    """`status` is the HTTP status of the same meaning; `retryable` whether sending it again can help."""
+
+    code: str
+    message: str
+    status: int
+    retryable: bool
+
+
+class ErrorReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="error"):
+    """A request's failure."""
+
+    correlation_id: str | None
+    error: ErrorDetail
+
+
+Reply = RunReply | ErrorReply

@@ -1,0 +1,156 @@
+"""What every process has: an HTTP side for health and metrics, loops, and an orderly end (G13)."""
+
+import asyncio
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import orjson
+import uvicorn
+import uvloop
+from faststream.asgi import AsgiFastStream, AsgiResponse, get
+from faststream.redis import RedisBroker
+from prometheus_client import make_asgi_app
+
+from app.errors import ConfigurationError, Unreachable
+from app.settings import Settings
+from app.telemetry import Telemetry, configure_logging
+from app.wiring import World
+
+Loop = Callable[[], Awaitable[None]]
+
+_CONNECTIONS_CLOSE_S = 2
+_RESTART_S = 1.0
+_JSON = {"content-type": "application/json"}
+
+
+class Process:
+    """One process' loops around its world. Subclasses say what they run and how they finish."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def broker(self) -> RedisBroker:
+        """The FastStream broker whose subscribers feed this process."""
+        raise NotImplementedError
+
+    def loops(self) -> Sequence[Loop]:
+        """What runs beside the heartbeat; each ends soon after `stopping` is set."""
+        raise NotImplementedError
+
+    async def finish(self) -> None:
+        """Finish what is held, once the loops have ended."""
+
+    async def start(self) -> None:
+        """Start the heartbeat and the loops."""
+        self._heart = asyncio.create_task(self.world.heartbeat.run())
+        self._tasks = [asyncio.create_task(self._keep_going(loop)) for loop in self.loops()]
+
+    async def _keep_going(self, loop: Loop) -> None:
+        """Run a loop until the process stops, whatever happens in it."""
+        while not self.stopping.is_set():
+            try:
+                await loop()
+            except Exception as error:
+                self.world.telemetry.failed("loop.failed", error, loop=getattr(loop, "__name__", ""))
+                await self.pause(_RESTART_S)
+
+    async def stop(self) -> None:
+        """End the loops and finish what is held, within SHUTDOWN_TIMEOUT_S; others pick up what is left."""
+        self.stopping.set()
+        try:
+            async with asyncio.timeout(self.world.settings.shutdown_timeout_s):
+                await asyncio.gather(*self._tasks)
+                await self.finish()
+        except TimeoutError:
+            self.world.telemetry.trouble("shutdown.timed_out")
+        except Unreachable as error:
+            self.world.telemetry.unreachable("shutdown", error)
+        self._heart.cancel()
+        await self.world.heartbeat.stop()
+
+    async def close(self) -> None:
+        """Close connections; after the broker has stopped."""
+        await self.world.close()
+        self.world.telemetry.event("stopped", consumer=self.world.consumer)
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, but no longer than until the process is told to stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.stopping.wait()
+        except TimeoutError:
+            pass
+
+
+def application(process: Process) -> AsgiFastStream:
+    """The ASGI application around a process: `/health/live`, `/health/ready`, `/metrics`."""
+    world = process.world
+    name = type(process).__name__.lower()
+
+    @get
+    async def live(scope: Any) -> AsgiResponse:
+        stuck = world.health.stuck()
+        body = {"status": "stuck" if stuck else "ok", "process": name, "stuck_s": stuck}
+        return AsgiResponse(orjson.dumps(body), 503 if stuck else 200, _JSON)
+
+    @get
+    async def ready(scope: Any) -> AsgiResponse:
+        missing = await world.health.missing()
+        world.telemetry.ready(not missing)
+        body = {"status": "unavailable" if missing else "ok", "process": name, "missing": missing}
+        return AsgiResponse(orjson.dumps(body), 503 if missing else 200, _JSON)
+
+    return AsgiFastStream(
+        process.broker(),
+        logger=None,
+        asgi_routes=[
+            ("/health/live", live),
+            ("/health/ready", ready),
+            ("/metrics", make_asgi_app(registry=world.telemetry.registry)),
+        ],
+        on_startup=[process.start],
+        on_shutdown=[process.stop],
+        after_shutdown=[process.close],
+    )
+
+
+def run(make: Callable[[World], Process]) -> None:
+    """Run a process until SIGTERM or SIGINT, then exit with status 0; the command of a Procfile line.
+
+    Exit status 1, with a line that names the variable, when a setting is wrong.
+    """
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, lambda *_: sys.exit(0))
+    try:
+        settings = Settings.load()
+    except ConfigurationError as error:
+        sys.exit(f"mollifier: the configuration is wrong.\n{error}")
+    configure_logging(settings)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            sys.exit(f"mollifier: HOST={settings.host} PORT={settings.port}: {error.strerror}")
+        uvloop.run(_serve(settings, make, listener))
+
+
+async def _serve(settings: Settings, make: Callable[[World], Process], listener: socket.socket) -> None:
+    world = await World.open(settings, Telemetry(make.__name__.lower()))
+    process = make(world)
+    config = uvicorn.Config(
+        application(process),
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="on",
+        timeout_graceful_shutdown=_CONNECTIONS_CLOSE_S,
+    )
+    host, port = listener.getsockname()[:2]
+    world.telemetry.event("started", consumer=world.consumer, http=f"http://{host}:{port}")
+    await uvicorn.Server(config).serve(sockets=[listener])
