@@ -103,7 +103,11 @@ class RedisBuffer:
             by_partition[self._keys.partition(run.id)].append(run)
         return [
             (
-                Call(script, [self._keys.chosen(partition)], [part for run in some for part in (run.id, run.environment_id)]),
+                Call(
+                    script,
+                    [self._keys.chosen(partition)],
+                    [part for run in some for part in (run.id, run.environment_id)],
+                ),
                 some,
             )
             for partition, some in by_partition.items()

@@ -91,7 +91,7 @@ class Drain:
             load.trouble = result.error or ""
 
     async def _write_failures(self, loads: Sequence[Load]) -> None:
-        """Give a run that Postgres refuses a row that says so (G12): its identity and links, without the rest."""
+        """Give a run that Postgres refuses a row that says so (G12): its identity and links alone."""
         for load in loads:
             assert load.row is not None
             load.row = failure_row(load.row.run, load.trouble)
@@ -99,8 +99,9 @@ class Drain:
 
     async def _bury(self, loads: Sequence[Load]) -> None:
         for load in loads:
+            reason = "refused" if load.row else "undecodable"
             await self._graveyard.bury(
-                load.environment_id, load.entry_id, load.snapshot, "refused" if load.row else "undecodable", load.trouble
+                load.environment_id, load.entry_id, load.snapshot, reason, load.trouble
             )
 
     async def _release(self, loads: Sequence[Load]) -> None:

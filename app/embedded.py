@@ -78,12 +78,12 @@ class _Server(ABC):
         self.kill()  # it may have died by itself and left children behind
         self.data_dir.mkdir(parents=True, exist_ok=True)
         with self._lock() as lock:
-            if not _port_is_free(self.port):
+            if not port_is_free(self.port):
                 raise EmbeddedServerError(f"port {self.port} is in use by another program")
             command = self._prepare()
             with self._log.open("ab") as log:
                 log_start = log.tell()
-                self._process = _spawn(
+                self._process = spawn(
                     command, self._data, log, user=self._user(), death=self._death_signal, lock=lock
                 )
         self._owner = os.getpid()
@@ -280,7 +280,7 @@ class Postgres(_Server):
         command += ["--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
         with self._log.open("ab") as log:
             log_start = log.tell()
-            process = _spawn(command, unfinished, log, user=user, death=signal.SIGKILL)
+            process = spawn(command, unfinished, log, user=user, death=signal.SIGKILL)
             try:
                 failed = process.wait(START_TIMEOUT_S) != 0
             except subprocess.TimeoutExpired:
@@ -346,7 +346,7 @@ os.execv(command[0], command)
 _Launch = Callable[[], subprocess.Popen[bytes]]
 
 
-def _spawn(
+def spawn(
     command: list[str],
     folder: Path,
     log: IO[bytes],
@@ -354,8 +354,12 @@ def _spawn(
     user: pwd.struct_passwd | None,
     death: signal.Signals,
     lock: IO[bytes] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start `command` in `folder`, in a session of its own: Ctrl-C goes to those who use it first."""
+    """Start `command` in `folder`, in a session of its own: Ctrl-C goes to those who use it first.
+
+    It gets the signal `death` when this process ends, however that happens (on Linux).
+    """
     ids = [str(user.pw_uid), str(user.pw_gid)] if user is not None else ["", ""]
     python = [sys.executable, "-I", "-S", "-c", _BECOME_SERVER, str(os.getpid()), str(int(death)), *ids]
 
@@ -363,6 +367,7 @@ def _spawn(
         return subprocess.Popen(
             python + command,
             cwd=folder,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -433,13 +438,14 @@ _given_out: set[int] = set()
 
 def _free_port() -> int:
     for port in random.sample(PORTS, len(PORTS)):
-        if port not in _given_out and _port_is_free(port):
+        if port not in _given_out and port_is_free(port):
             _given_out.add(port)
             return port
     raise EmbeddedServerError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
 
 
-def _port_is_free(port: int) -> bool:
+def port_is_free(port: int) -> bool:
+    """Whether nobody listens on a port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -40,11 +40,16 @@ class RedisGate:
                 arguments += (requests[environment], *rate)
             calls.append(Call("gate", keys, arguments))
         if settings.global_trip_threshold:
-            fleet = (sum(requests.values()), settings.trip_window_ms, settings.global_trip_threshold, settings.hold_ms)
+            fleet = (
+                sum(requests.values()),
+                settings.trip_window_ms,
+                settings.global_trip_threshold,
+                settings.hold_ms,
+            )
             calls.append(Call("gate", [self._keys.fleet_gate] * 2, [*head, *fleet]))
         answers = await self._ask(calls)
         fleet_passes = answers.pop()[0] if settings.global_trip_threshold else maxsize
-        passes = {}
+        passes: dict[str, int] = {}
         for environments, answer in zip(by_partition.values(), answers, strict=True):
             passes.update(zip(environments, answer[::2], strict=True))
         return Admission(passes, fleet_passes)

@@ -12,7 +12,9 @@ class Health:
     """Liveness follows the loops' own progress, readiness the servers; the two never mix."""
 
     def __init__(
-        self, checks: Mapping[str, Callable[[], Awaitable[object]]], clock: Callable[[], float] = time.monotonic
+        self,
+        checks: Mapping[str, Callable[[], Awaitable[object]]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._checks = checks
         self._clock = clock
@@ -26,7 +28,9 @@ class Health:
     def stuck(self) -> dict[str, float]:
         """The loops that have not moved in time, with the seconds since they did; empty: alive."""
         now = self._clock()
-        return {loop: now - moved for loop, (moved, within_s) in self._loops.items() if now - moved > within_s}
+        return {
+            loop: now - moved for loop, (moved, within_s) in self._loops.items() if now - moved > within_s
+        }
 
     async def missing(self) -> dict[str, str]:
         """What does not answer, and why; empty: ready. Asked at most once a second."""

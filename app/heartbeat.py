@@ -21,7 +21,9 @@ def consumer_name() -> str:
 class Heartbeat:
     """Renews the key of one consumer until it is stopped."""
 
-    def __init__(self, scripts: Scripts, keys: Keys, consumer: str, ttl_ms: int, telemetry: Telemetry) -> None:
+    def __init__(
+        self, scripts: Scripts, keys: Keys, consumer: str, ttl_ms: int, telemetry: Telemetry
+    ) -> None:
         self._scripts = scripts
         self._key = keys.heartbeat(consumer)
         self._ttl_ms = ttl_ms

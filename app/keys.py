@@ -15,19 +15,20 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:{p}:entries:<env>    stream   buffer, turns              the buffer: fields run_id, snapshot
     ns:{p}:index:<env>      hash     buffer, turns              run id -> entry id
     ns:{p}:drain:<env>      hash     buffer, turns              organization_id, queued, holder, taken, done
-    ns:{p}:ready            sorted   buffer, turns              environments with queued entries, by last turn
-    ns:{p}:grace            sorted   turns                      `<entry id> <env>` -> when to forget up to it
-    ns:{p}:chosen           hash     buffer, turns              caller-chosen run id -> environment, while not yet a row
+    ns:{p}:ready            sorted   buffer, turns              environments with entries, by last turn
+    ns:{p}:grace            sorted   turns                      `<entry id> <env>` -> when to forget it
+    ns:{p}:chosen           hash     buffer                     caller-chosen id -> environment, till a row
 
 In `chosen` the partition is that of the run id.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 from zlib import crc32
 
 
-class EnvironmentKeys(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class EnvironmentKeys:
     """The keys of one environment; all share the hash tag of `partition`."""
 
     partition: int

@@ -42,7 +42,9 @@ class Buffer(Protocol):
         """
         ...
 
-    async def recall(self, runs: Sequence[Snapshot], reserve: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
+    async def recall(
+        self, runs: Sequence[Snapshot], reserve: Sequence[Snapshot]
+    ) -> Sequence[Answer | RequestError | None]:
         """Per run, in order, its answer if the buffer knows its id, else None.
 
         Ids in `reserve` were chosen by their callers: they are held for their environments, and one
@@ -141,7 +143,9 @@ class Materialiser(Protocol):
 
 
 class Graveyard(Protocol):
-    async def bury(self, environment_id: str, entry_id: str, snapshot: bytes, reason: str, detail: str) -> None:
+    async def bury(
+        self, environment_id: str, entry_id: str, snapshot: bytes, reason: str, detail: str
+    ) -> None:
         """Write a dead letter for a buffered entry.
 
         Raises:

@@ -37,12 +37,18 @@ class Recall:
             # run is a row already, Postgres ignores the second one.
             self._telemetry.recall_failed(error)
             _settle(asked, _has_reserved_form, error)
-        _settle(asked, _has_reserved_form, InvalidRequest("options.run_id: no run of this environment has this id"))
+        _settle(
+            asked,
+            _has_reserved_form,
+            InvalidRequest("options.run_id: no run of this environment has this id"),
+        )
         for item in batch.open():
             self._refuse(item, batch)
 
     async def _recall_from_buffer(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:
-        return await self._buffer.recall(_runs(items), [item.run for item in items if item.has_chosen_id and item.run])
+        return await self._buffer.recall(
+            _runs(items), [item.run for item in items if item.has_chosen_id and item.run]
+        )
 
     async def _recall_from_store(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:
         return await self._store.recall(_runs(items))
@@ -51,7 +57,9 @@ class Recall:
         assert item.request is not None
         deadline = item.request.deadline
         if item.entry.deliveries > self._settings.max_deliveries:
-            item.dead_letter = DeadLetter("deliveries", "it was handed out too often without ever being finished")
+            item.dead_letter = DeadLetter(
+                "deliveries", "it was handed out too often without ever being finished"
+            )
             item.outcome = InternalError()
         elif deadline is not None and deadline <= batch.now:
             item.outcome = DeadlineExceeded()

@@ -30,7 +30,7 @@ _READ_AGAIN_S = 0.05
 _READ_AGAIN_LONGEST_S = 1.0
 
 
-def connect(url: str) -> "Redis[bytes]":
+def connect(url: str) -> Redis:
     """A client for commands that do not block. Connects lazily; a cut connection is tried once more."""
     pool = BlockingConnectionPool.from_url(
         url,
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 class Scripts:
     """Runs the scripts of `app/lua`. Every one of them is safe to run twice."""
 
-    def __init__(self, redis: "Redis[bytes]") -> None:
+    def __init__(self, redis: Redis) -> None:
         self._redis = redis
 
     async def run(self, calls: Sequence[Call]) -> list[Any]:
@@ -88,7 +88,7 @@ class Scripts:
         try:
             if len(calls) == 1:
                 try:
-                    return [await self._redis.execute_command(*_command(calls[0]))]
+                    return [await self._redis.execute_command(*_command(calls[0]))]  # type: ignore[no-untyped-call]
                 except ResponseError as error:
                     return [error]
             async with self._redis.pipeline(transaction=False) as pipeline:

@@ -52,7 +52,18 @@ class RedisDesk:
     def _head(self, source: str, entry_id: str, reason: str, detail: str, deliveries: int) -> list[Argument]:
         """The command for a dead letter, up to the original's own fields. DESIGN section 3.4."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        fields = ("source", source, "id", entry_id, "reason", reason, "detail", detail, "deliveries", deliveries)
+        fields = (
+            "source",
+            source,
+            "id",
+            entry_id,
+            "reason",
+            reason,
+            "detail",
+            detail,
+            "deliveries",
+            deliveries,
+        )
         return [self._keys.dead_letters, "*", *fields, "at", now]
 
     async def _run(self, calls: Sequence[Call]) -> None:

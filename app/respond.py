@@ -30,7 +30,9 @@ class Respond:
         replies = [(item, encode_reply(item, batch.now)) for item in finished]
         await self._desk.respond(replies)
         self._telemetry.responded(finished)
-        await self._reservations.release([item.run for item in finished if item.run is not None and _is_settled_id(item)])
+        await self._reservations.release(
+            [item.run for item in finished if item.run is not None and _is_settled_id(item)]
+        )
 
 
 def encode_reply(item: Item, now: datetime) -> bytes | None:

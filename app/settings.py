@@ -33,7 +33,9 @@ class Settings(BaseSettings):
         description="Postgres.",
     )
     host: str = Field(
-        default="127.0.0.1", validation_alias="HOST", description="Address of the HTTP side (health, metrics)."
+        default="127.0.0.1",
+        validation_alias="HOST",
+        description="Address of the HTTP side (health, metrics).",
     )
     port: Annotated[int, Field(ge=0, le=65535)] = Field(
         default=0, validation_alias="PORT", description="Its port; 0: any free one, which is logged."
@@ -46,9 +48,12 @@ class Settings(BaseSettings):
     )
     trip_window_ms: Positive = Field(default=200, description="Length of the gate's rate window.")
     trip_threshold: Positive = Field(
-        default=100, description="Triggers of one environment per window that pass; the next one trips the gate."
+        default=100,
+        description="Triggers of one environment per window that pass; the next one trips the gate.",
     )
-    hold_ms: Positive = Field(default=500, description="How long the gate stays tripped after the last overage.")
+    hold_ms: Positive = Field(
+        default=500, description="How long the gate stays tripped after the last overage."
+    )
     hold_until_drained: bool = Field(
         default=False, description="Stay tripped while the environment has queued entries."
     )
@@ -95,7 +100,9 @@ class Settings(BaseSettings):
     drain_max_attempts: Positive = Field(
         default=3, description="Tries for a row that Postgres refuses before it becomes SYSTEM_FAILURE."
     )
-    drain_max_rate: Natural = Field(default=0, description="Rows a second of all drainers together; 0: no limit.")
+    drain_max_rate: Natural = Field(
+        default=0, description="Rows a second of all drainers together; 0: no limit."
+    )
     drain_target_latency_ms: Positive = Field(
         default=250, description="Commit time around which a drainer sizes its batches."
     )
@@ -105,12 +112,16 @@ class Settings(BaseSettings):
     stale_threshold_ms: Positive = Field(
         default=300000, description="Dwell over which an entry is reported as stale."
     )
-    stale_sweep_interval_s: Positive = Field(default=30, description="Time between two passes of the sweeper.")
+    stale_sweep_interval_s: Positive = Field(
+        default=30, description="Time between two passes of the sweeper."
+    )
     shutdown_timeout_s: Positive = Field(
         default=30, description="Time a process has after SIGTERM to finish what it holds."
     )
     max_payload_bytes: Positive = Field(default=524288, description="Longest payload, in bytes as received.")
-    max_metadata_bytes: Positive = Field(default=262144, description="Longest metadata, in bytes as received.")
+    max_metadata_bytes: Positive = Field(
+        default=262144, description="Longest metadata, in bytes as received."
+    )
     max_tags: Natural = Field(default=10, description="Most tags of one run.")
     max_buffered_per_env: Natural = Field(
         default=0, description="Most entries one environment may have queued; 0: no limit."
@@ -122,7 +133,8 @@ class Settings(BaseSettings):
         default="mollifier", description="First part of every key, stream and channel."
     )
     reply_channels: str = Field(
-        default="", description="Regular expression that a whole `reply_to` must match; empty: see docs/wire.md."
+        default="",
+        description="Regular expression that a whole `reply_to` must match; empty: see docs/wire.md.",
     )
     buffer_wait_replicas: Natural = Field(
         default=0, description="Replicas that must have a snapshot before its reply is sent (WAIT)."
@@ -183,7 +195,10 @@ class Settings(BaseSettings):
     def masked(self) -> dict[str, str]:
         """Every variable with its effective value, for people to read; passwords are left out."""
         shown = {self.variable(name): str(getattr(self, name)) for name in type(self).model_fields}
-        return {name: _without_password(value) if name.endswith("_URL") else value for name, value in shown.items()}
+        return {
+            name: _without_password(value) if name.endswith("_URL") else value
+            for name, value in shown.items()
+        }
 
 
 def _complaint(settings: type[Settings], error: Any) -> str:

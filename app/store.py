@@ -114,7 +114,14 @@ async def _explain(
 async def _look_up(connection: Connection, runs: Sequence[Snapshot]) -> list[asyncpg.Record]:
     columns = zip(
         *(
-            (run.id, run.environment_id, run.task, run.idempotency_key, run.one_time_use_token, run.debounce_key)
+            (
+                run.id,
+                run.environment_id,
+                run.task,
+                run.idempotency_key,
+                run.one_time_use_token,
+                run.debounce_key,
+            )
             for run in runs
         ),
         strict=True,
@@ -134,7 +141,7 @@ def _own(run: Snapshot, record: asyncpg.Record) -> Answer | RequestError | None:
 
 def _answer(run: Snapshot, hindrance: Hindrance) -> Answer | RequestError:
     if hindrance is None:
-        return Answer(run.id, run.span_id, run.delay_until, is_mollified=False)
+        return Answer(run.id, run.span_id, run.delay_until, is_mollified=run.buffered_at is not None)
     if isinstance(hindrance, Exception):
         return refusal(hindrance)
     own = _own(run, hindrance)

@@ -1,6 +1,5 @@
 """A request stream's consumer group: creating it, and taking over what dead consumers held."""
 
-import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ _QUARANTINE = 3
 class RequestStream:
     """One stream as one consumer sees it."""
 
-    def __init__(self, redis: "Redis[bytes]", keys: Keys, stream: str, consumer: str, reclaim_idle_ms: int) -> None:
+    def __init__(self, redis: Redis, keys: Keys, stream: str, consumer: str, reclaim_idle_ms: int) -> None:
         self._redis = redis
         self._keys = keys
         self._stream = stream
@@ -74,7 +73,7 @@ class RequestStream:
 
     async def _abandoned(self, held: Collection[str], most: int) -> list[tuple[str, list[Any]]]:
         """Pending entries that can be claimed, by reason: (entry id, minimal idle ms, deliveries)."""
-        consumers = await self._redis.xinfo_consumers(self._stream, self._group)
+        consumers: Any = await self._redis.xinfo_consumers(self._stream, self._group)
         names = [one["name"].decode() for one in consumers if one["pending"] > 0]
         others = [name for name in names if name != self._consumer]
         found: list[tuple[str, list[Any]]] = []
@@ -91,10 +90,13 @@ class RequestStream:
         return [(why, [one for one in pending if one[0] not in held]) for why, pending in found if pending]
 
     async def _pending(self, most: int, consumer: str | None, idle_ms: int | None = None) -> list[Any]:
-        pending = await self._redis.xpending_range(
+        pending: Any = await self._redis.xpending_range(
             self._stream, self._group, "-", "+", most, consumername=consumer, idle=idle_ms
         )
-        return [(one["message_id"].decode(), one["time_since_delivered"], one["times_delivered"]) for one in pending]
+        return [
+            (one["message_id"].decode(), one["time_since_delivered"], one["times_delivered"])
+            for one in pending
+        ]
 
     async def _claim(self, pending: Sequence[Any]) -> list[Entry]:
         """Claim entries; those that another consumer was quicker to claim stay with it."""
@@ -102,8 +104,12 @@ class RequestStream:
             return []
         deliveries = {entry_id: count + 1 for entry_id, _, count in pending}
         idle_ms = min(idle for _, idle, _ in pending)
-        claimed = await self._redis.xclaim(
-            self._stream, self._group, self._consumer, max(1, idle_ms), [entry_id for entry_id, _, _ in pending]
+        claimed: Any = await self._redis.xclaim(
+            self._stream,
+            self._group,
+            self._consumer,
+            max(1, idle_ms),
+            [entry_id for entry_id, _, _ in pending],
         )
         return [
             Entry(entry_id.decode(), fields, deliveries[entry_id.decode()])

@@ -41,10 +41,15 @@ class Telemetry:
             registry=registry,
         )
         self._gate_failures = Counter(
-            "mollifier_gate_failures", "Evaluations of the gate that failed, and so let pass.", registry=registry
+            "mollifier_gate_failures",
+            "Evaluations of the gate that failed, and so let pass.",
+            registry=registry,
         )
         self._replies = Counter(
-            "mollifier_replies", "Requests that were finished, by code (`run` for a run).", ["code"], registry=registry
+            "mollifier_replies",
+            "Requests that were finished, by code (`run` for a run).",
+            ["code"],
+            registry=registry,
         )
         self._reply_latency = Histogram(
             "mollifier_reply_seconds",
@@ -53,25 +58,45 @@ class Telemetry:
             registry=registry,
         )
         self._stages = Histogram(
-            "mollifier_stage_seconds", "Time of one step on one batch.", ["stage"], buckets=_FAST, registry=registry
+            "mollifier_stage_seconds",
+            "Time of one step on one batch.",
+            ["stage"],
+            buckets=_FAST,
+            registry=registry,
         )
         self._batch_sizes = Histogram(
-            "mollifier_batch_size", "Requests or rows handled together.", ["stage"], buckets=_SIZES, registry=registry
+            "mollifier_batch_size",
+            "Requests or rows handled together.",
+            ["stage"],
+            buckets=_SIZES,
+            registry=registry,
         )
         self._dead_letters = Counter(
             "mollifier_dead_letters", "Requests and entries set aside.", ["reason"], registry=registry
         )
         self._recovered = Counter(
-            "mollifier_recovered", "Entries taken over, by what had become of their holder.", ["why"], registry=registry
+            "mollifier_recovered",
+            "Entries taken over, by what had become of their holder.",
+            ["why"],
+            registry=registry,
         )
         self._unreachable = Counter(
-            "mollifier_unreachable", "Times that a server did not answer, by what was asked.", ["what"], registry=registry
+            "mollifier_unreachable",
+            "Times that a server did not answer, by what was asked.",
+            ["what"],
+            registry=registry,
         )
         self._drained = Counter(
-            "mollifier_drained", "Buffered runs that were materialised, by result.", ["result"], registry=registry
+            "mollifier_drained",
+            "Buffered runs that were materialised, by result.",
+            ["result"],
+            registry=registry,
         )
         self._dwell = Histogram(
-            "mollifier_dwell_seconds", "From acceptance into the buffer to the row.", buckets=_SLOW, registry=registry
+            "mollifier_dwell_seconds",
+            "From acceptance into the buffer to the row.",
+            buckets=_SLOW,
+            registry=registry,
         )
         self._ready = Gauge(
             "mollifier_ready", "1 while the process has what it needs to work, else 0.", registry=registry
@@ -92,7 +117,12 @@ class Telemetry:
     def decided(self, items: Sequence[Item]) -> None:
         """Count decisions once they stand."""
         counts = Tally(
-            (decision.outcome.value, decision.reason, decision.enrolled, run.organization_id if decision.enrolled else "")
+            (
+                decision.outcome.value,
+                decision.reason,
+                decision.enrolled,
+                run.organization_id if decision.enrolled else "",
+            )
             for decision, run in ((item.decision, item.run) for item in items)
             if decision is not None and run is not None
         )
@@ -189,7 +219,8 @@ def configure_logging(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared, processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering]
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
         )
     )
     logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)

@@ -77,7 +77,9 @@ class RedisTurns:
                 if isinstance(result, bytes):
                     held[environment] = result.decode()
                 elif result:
-                    taken.append(Taken(environment, [(entry.decode(), snapshot) for entry, snapshot in result]))
+                    taken.append(
+                        Taken(environment, [(entry.decode(), snapshot) for entry, snapshot in result])
+                    )
         return taken, held
 
     async def _abandoned(self, held: dict[str, str]) -> dict[str, str]:
@@ -118,13 +120,18 @@ class RedisTurns:
         partitions = range(self._keys.partitions)
         due = await self._run(
             [
-                Call("ZRANGEBYSCORE", None, [self._keys.grace(partition), "-inf", now, "LIMIT", 0, _FORGET_AT_ONCE])
+                Call(
+                    "ZRANGEBYSCORE",
+                    None,
+                    [self._keys.grace(partition), "-inf", now, "LIMIT", 0, _FORGET_AT_ONCE],
+                )
                 for partition in partitions
             ]
         )
         calls = []
         for partition, elements in zip(partitions, due, strict=True):
-            keys, arguments = [self._keys.grace(partition)], []
+            keys = [self._keys.grace(partition)]
+            arguments: list[str | bytes] = []
             for element in elements:
                 last, _, environment = element.decode().partition(" ")
                 names = self._keys.environment(environment)
@@ -151,7 +158,7 @@ class RedisTurns:
 class Wake:
     """Wakes a drainer when an environment becomes ready. A lost message only costs the wait's timeout."""
 
-    def __init__(self, redis: "Redis[bytes]", keys: Keys) -> None:
+    def __init__(self, redis: Redis, keys: Keys) -> None:
         self._pubsub = redis.pubsub()
         self._channel = keys.wake
 

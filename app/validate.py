@@ -24,7 +24,9 @@ KEY_TTL_S = 30 * 86_400
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_MS = 253_402_300_799_000 - 20 * 366 * 86_400_000
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?")
+_TRACEPARENT = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
+)
 _NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 Value = TypeVar("Value")
@@ -56,7 +58,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
     created_at = entry_time(entry.ms)
     run_id = _run_id(entry, request, settings)
     trace_id, parent_span_id, trace_context = _trace(run_id, request.trace_context)
-    ttl_seconds = _parse("options.ttl", parse_ttl, options.ttl)
+    ttl_seconds = None if options.ttl is None else _parsed("options.ttl", parse_ttl, options.ttl)
     debounce_until = None
     if options.debounce is not None:
         debounce_until = created_at + timedelta(

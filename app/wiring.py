@@ -31,7 +31,7 @@ class World:
     settings: Settings
     consumer: str
     keys: Keys
-    redis: "Redis[bytes]"
+    redis: Redis
     scripts: Scripts
     pool: "asyncpg.Pool[asyncpg.Record]"
     store: PostgresStore

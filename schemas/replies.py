@@ -25,7 +25,7 @@ class Notice(Struct, frozen=True, kw_only=True, gc=False):
 
 MOLLIFIED = Notice(
     code="mollifier.queued",
-    message="This environment triggers faster than its limit. The run was accepted and starts after a short wait.",
+    message="This environment triggers faster than its rate. The run was accepted and will start soon.",
     docs="docs/wire.md#notices",
 )
 

@@ -2,8 +2,10 @@
 its database is a fresh copy of the migrated one. Tests may kill or pause them; the next one finds them well.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 
 import asyncpg
 import pytest
@@ -12,6 +14,8 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from app.embedded import Postgres, Valkey
+from tests.processes import Workers
+from tests.producer import Producer, producing
 
 TEMPLATE = "migrated"
 
@@ -40,11 +44,13 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 @pytest.fixture
 def redis_url(valkey: Valkey) -> str:
     """An empty Redis."""
-    valkey.start()
-    valkey.resume()
-    with Redis.from_url(valkey.url) as client:
-        client.flushall()
-    return valkey.url
+    return _emptied(valkey)
+
+
+@pytest.fixture(scope="module")
+def shared_redis_url(valkey: Valkey) -> str:
+    """A Redis that was empty when the module's first test began."""
+    return _emptied(valkey)
 
 
 @pytest.fixture
@@ -57,14 +63,47 @@ async def redis(redis_url: str) -> AsyncIterator[AsyncRedis]:
 @pytest.fixture
 async def database_url(postgres: Postgres, _template: None) -> AsyncIterator[str]:
     """A migrated database without rows."""
-    postgres.start()
-    postgres.resume()
-    name = f"test_{next(_numbers)}"
-    await _execute(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-    yield _database(postgres, name)
-    postgres.start()
-    postgres.resume()
-    await _execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
+    async with _copy(postgres) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+async def shared_database_url(postgres: Postgres, _template: None) -> AsyncIterator[str]:
+    """A migrated database for all tests of a module."""
+    async with _copy(postgres) as url:
+        yield url
+
+
+@pytest.fixture
+def workers(tmp_path: Path) -> Iterator[Workers]:
+    """Starts processes for one test."""
+    factory = Workers(tmp_path)
+    yield factory
+    factory.end()
+
+
+@pytest.fixture(scope="module")
+def shared_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """Starts processes for all tests of a module."""
+    factory = Workers(tmp_path_factory.mktemp("workers"))
+    yield factory
+    factory.end()
+
+
+@pytest.fixture
+async def producer(redis_url: str) -> AsyncIterator[Producer]:
+    """A producer on an empty Redis."""
+    async with producing(redis_url) as one:
+        yield one
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failure what the processes had logged."""
+    report = yield
+    if report.failed:
+        report.sections += [("processes", workers.report()) for workers in Workers.open]
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +112,26 @@ async def _template(postgres: Postgres) -> None:
 
     await _execute(postgres, f"CREATE DATABASE {TEMPLATE}")
     await migrate(_database(postgres, TEMPLATE))
+
+
+def _emptied(valkey: Valkey) -> str:
+    valkey.start()
+    valkey.resume()
+    with Redis.from_url(valkey.url) as client:
+        client.flushall()
+    return valkey.url
+
+
+@asynccontextmanager
+async def _copy(postgres: Postgres) -> AsyncIterator[str]:
+    postgres.start()
+    postgres.resume()
+    name = f"test_{next(_numbers)}"
+    await _execute(postgres, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    yield _database(postgres, name)
+    postgres.start()
+    postgres.resume()
+    await _execute(postgres, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def _database(postgres: Postgres, name: str) -> str:

@@ -23,7 +23,7 @@ class Drainer(Process):
         self._turns = world.turns()
         self._wake = world.wake()
         self._drain = world.drain(self._turns)
-        self._broker = RedisBroker(world.settings.redis_url, apply_types=False, logger=None)
+        self._broker = RedisBroker(world.settings.redis_url, apply_types=False)
 
     def broker(self) -> RedisBroker:
         return self._broker

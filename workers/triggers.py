@@ -109,7 +109,10 @@ async def _parse(message: Any) -> StreamMessage[Any]:
 
 async def _entries(message: StreamMessage[Any]) -> list[Entry]:
     raw = message.raw_message
-    return [Entry(entry_id.decode(), fields) for entry_id, fields in zip(raw["message_ids"], raw["data"], strict=True)]
+    return [
+        Entry(entry_id.decode(), fields)
+        for entry_id, fields in zip(raw["message_ids"], raw["data"], strict=True)
+    ]
 
 
 if __name__ == "__main__":

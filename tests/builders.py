@@ -1,0 +1,56 @@
+"""Requests and runs for tests: a valid one, with what matters to the test changed."""
+
+import json
+from datetime import UTC, datetime
+from itertools import count
+from typing import Any
+
+from app.batch import Entry
+from app.run_ids import derive, span_id, trace_id
+from schemas.snapshot import Snapshot
+
+START_MS = 1_800_000_000_000
+
+_sequence = count()
+
+
+def body(environment: str = "env_1", organization: str = "org_1", **changes: Any) -> dict[str, Any]:
+    """The body of a trigger request."""
+    return {
+        "task": "send-email",
+        "environment": {"id": environment, "organization_id": organization, "project_id": "proj_1"},
+        "payload": {"to": "ada@example.com"},
+        **changes,
+    }
+
+
+def entry(
+    content: Any = None, *, deliveries: int = 1, reply_to: str | None = "mollifier:reply:test", **extra: Any
+) -> Entry:
+    """A plain stream entry with a new id. `content` is a body to encode, or bytes to take as they are."""
+    raw = (
+        content if isinstance(content, bytes) else json.dumps(body() if content is None else content).encode()
+    )
+    fields = {b"body": raw, **{name.encode(): value for name, value in extra.items()}}
+    if reply_to is not None:
+        fields[b"reply_to"] = reply_to.encode()
+    return Entry(f"{START_MS}-{next(_sequence)}", fields, deliveries)
+
+
+def run(environment: str = "env_1", **changes: Any) -> Snapshot:
+    """A run with a new derived id."""
+    created_at = datetime.fromtimestamp(START_MS / 1000, UTC)
+    run_id = changes.pop("id", None) or derive("test", f"{START_MS}-{next(_sequence)}", environment)
+    values: dict[str, Any] = {
+        "id": run_id,
+        "organization_id": "org_1",
+        "project_id": "proj_1",
+        "environment_id": environment,
+        "task": "send-email",
+        "payload": b'{"to": "ada@example.com"}',
+        "trace_id": trace_id(run_id),
+        "span_id": span_id(run_id),
+        "created_at": created_at,
+        **changes,
+    }
+    return Snapshot(**values)

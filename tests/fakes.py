@@ -1,0 +1,116 @@
+"""The world in memory, for telling the pipeline's story. `test_ports.py` holds the fakes and the real
+adapters to the same behaviour.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from sys import maxsize
+
+from app.batch import Answer, Item
+from app.errors import MollifierError, QueueLimitExceeded, RequestError, RunIdConflict
+from app.ports import Admission
+from schemas.snapshot import Snapshot
+
+
+class FakeGate:
+    """Lets the first `passes` requests of each environment pass."""
+
+    def __init__(self, passes: int = maxsize) -> None:
+        self.passes = passes
+        self.fleet = maxsize
+        self.asked: list[Mapping[str, int]] = []
+        self.failure: MollifierError | None = None
+
+    async def admit(self, requests: Mapping[str, int]) -> Admission:
+        if self.failure:
+            raise self.failure
+        self.asked.append(dict(requests))
+        return Admission(dict.fromkeys(requests, self.passes), self.fleet)
+
+
+class FakeBuffer:
+    """Runs by environment and id, in order."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.runs: dict[tuple[str, str], Snapshot] = {}
+        self.chosen: dict[str, str] = {}
+        self.failure: MollifierError | None = None
+
+    async def accept(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError]:
+        if self.failure:
+            raise self.failure
+        return [self._accept(run) for run in runs]
+
+    def _accept(self, run: Snapshot) -> Answer | RequestError:
+        key = (run.environment_id, run.id)
+        queued = sum(environment == run.environment_id for environment, _ in self.runs)
+        if key not in self.runs and self.limit and queued >= self.limit:
+            return QueueLimitExceeded()
+        self.runs.setdefault(key, run)
+        return Answer(run.id, run.span_id, run.delay_until, is_mollified=True)
+
+    async def recall(
+        self, runs: Sequence[Snapshot], reserve: Sequence[Snapshot]
+    ) -> Sequence[Answer | RequestError | None]:
+        if self.failure:
+            raise self.failure
+        for run in reserve:
+            self.chosen.setdefault(run.id, run.environment_id)
+        reserved = {run.id for run in reserve}
+        return [self._recall(run, run.id in reserved) for run in runs]
+
+    def _recall(self, run: Snapshot, is_reserved: bool) -> Answer | RequestError | None:
+        if (run.environment_id, run.id) in self.runs:
+            return self._accept(run)
+        taken = is_reserved and self.chosen[run.id] != run.environment_id
+        return RunIdConflict() if taken else None
+
+    async def release(self, runs: Sequence[Snapshot]) -> None:
+        for run in runs:
+            if self.chosen.get(run.id) == run.environment_id:
+                del self.chosen[run.id]
+
+
+class FakeStore:
+    """Rows by id."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Snapshot] = {}
+        self.failure: MollifierError | None = None
+
+    async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
+        if self.failure:
+            raise self.failure
+        for run in runs:
+            self.rows.setdefault(run.id, run)
+        return [self._answer(run) for run in runs]
+
+    async def recall(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
+        if self.failure:
+            raise self.failure
+        return [self._answer(run) if run.id in self.rows else None for run in runs]
+
+    def _answer(self, run: Snapshot) -> Answer | RequestError:
+        row = self.rows[run.id]
+        if row.environment_id != run.environment_id:
+            return RunIdConflict()
+        return Answer(row.id, row.span_id, row.delay_until, is_mollified=row.buffered_at is not None)
+
+
+class FakeDesk:
+    """What was published, set aside and acknowledged, in order."""
+
+    def __init__(self) -> None:
+        self.replies: list[tuple[str, bytes]] = []
+        self.dead: list[Item] = []
+        self.acknowledged: list[str] = []
+
+    async def set_aside(self, items: Sequence[Item]) -> None:
+        self.dead += items
+
+    async def respond(self, replies: Sequence[tuple[Item, bytes | None]]) -> None:
+        for item, reply in replies:
+            if reply is not None and item.reply_to is not None:
+                self.replies.append((item.reply_to, reply))
+            self.acknowledged.append(item.entry.id)

@@ -1,0 +1,210 @@
+"""The Procfile's lines as real operating system processes, which tests kill, freeze and ask how they are."""
+
+import asyncio
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.waiting import eventually
+
+ROOT = Path(__file__).parent.parent
+HTTP_TIMEOUT_S = 4.0
+LOG_TAIL = 8_000
+
+# Below every system's range of outgoing ports, and beside those of the embedded servers.
+_ports = count(random.randrange(16_000, 28_000))
+
+
+class Worker:
+    """One process of a Procfile line; started at once, and killed at the end whatever happens."""
+
+    def __init__(
+        self, line: str, redis_url: str, database_url: str, folder: Path, settings: dict[str, object]
+    ) -> None:
+        self.line = line
+        self.port = _free_port()
+        self.log_file = folder / f"{line}-{self.port}.log"
+        command = procfile()[line]
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MOLLIFIER_", "PYTEST_"))
+        }
+        environment |= {
+            "REDIS_URL": redis_url,
+            "DATABASE_URL": database_url,
+            "PORT": str(self.port),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        environment |= {f"MOLLIFIER_{name.upper()}": str(value) for name, value in settings.items()}
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(
+                shlex.split(command), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
+        self.pid = self.process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    async def wait_ready(self, within_s: float = 15) -> Self:
+        """Poll `/health/ready` until it says so."""
+
+        async def is_ready() -> None:
+            assert self.is_running, f"{self.line} has ended with {self.process.returncode}:\n{self.text()}"
+            status, body = await self.get("/health/ready")
+            assert status == 200, f"{self.line} is not ready: {body}"
+
+        await eventually(is_ready, within_s, every_s=0.05)
+        return self
+
+    async def get(self, path: str) -> tuple[int, str]:
+        """Status and body of a page of the process' HTTP side; OSError when there is no answer."""
+        return await asyncio.to_thread(_get, f"http://127.0.0.1:{self.port}{path}")
+
+    async def live(self) -> int:
+        return (await self.get("/health/live"))[0]
+
+    async def ready(self) -> int:
+        return (await self.get("/health/ready"))[0]
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry the given labels."""
+        _, page = await self.get("/metrics")
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(page)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def pause(self) -> None:
+        """SIGSTOP; returns once the process stands still."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def resume(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    async def terminate(self, within_s: float = 35) -> int:
+        """SIGTERM, and the exit status; AssertionError when the process does not end."""
+        self.process.terminate()
+
+        def ended() -> int:
+            status = self.process.poll()
+            assert status is not None, f"{self.line} still runs {within_s} s after SIGTERM"
+            return status
+
+        return await eventually(ended, within_s)
+
+    def text(self) -> str:
+        """Everything that was logged."""
+        return self.log_file.read_text(errors="replace")
+
+    def log(self, event: str | None = None) -> list[dict[str, Any]]:
+        """The log's lines, or those of one event; a line that is not JSON is a failure of the process."""
+        lines = [json.loads(line) for line in self.text().splitlines()]
+        return [line for line in lines if event is None or line.get("event") == event]
+
+    @asynccontextmanager
+    async def stays_live(self) -> AsyncIterator[None]:
+        """Asserts that the process runs and `/health/live` says 200 all the time while the block runs."""
+        seen: list[int | str] = []
+
+        async def watch() -> None:
+            while True:
+                try:
+                    seen.append(await self.live())
+                except OSError as error:
+                    seen.append(repr(error))
+                await asyncio.sleep(0.1)
+
+        watching = asyncio.create_task(watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+        assert self.is_running
+        assert set(seen) == {200}, f"/health/live of {self.line}: {seen}"
+
+
+class Workers:
+    """A factory of workers: what it started is killed when it ends."""
+
+    open: ClassVar[list["Workers"]] = []
+    """The factories that have not ended: whose logs a failing test wants to show."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.started: list[Worker] = []
+        self.open.append(self)
+
+    def start(self, line: str, redis_url: str, database_url: str, **settings: object) -> Worker:
+        """Start one line of the Procfile; `settings` are variables without `MOLLIFIER_`, in any case."""
+        worker = Worker(line, redis_url, database_url, self._folder, settings)
+        self.started.append(worker)
+        return worker
+
+    async def start_ready(
+        self, lines: str, redis_url: str, database_url: str, **settings: object
+    ) -> list[Worker]:
+        """Start several lines (`"triggers triggers drainer"`) and wait until all are ready."""
+        workers = [self.start(line, redis_url, database_url, **settings) for line in lines.split()]
+        for worker in workers:
+            await worker.wait_ready()
+        return workers
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for worker in self.started:
+            worker.kill()
+        self.open.remove(self)
+
+    def report(self) -> str:
+        """The end of every process' log."""
+        return "\n".join(
+            f"--- {worker.line}, pid {worker.pid}, exit status {worker.process.poll()}\n{worker.text()[-LOG_TAIL:]}"
+            for worker in self.started
+        )
+
+
+def procfile() -> dict[str, str]:
+    """The Procfile: name -> command."""
+    lines = (ROOT / "Procfile").read_text().splitlines()
+    return {name.strip(): command.strip() for name, _, command in (line.partition(":") for line in lines if line)}
+
+
+def _free_port() -> int:
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("there is no free port")
+
+
+def _get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=HTTP_TIMEOUT_S) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()

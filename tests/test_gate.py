@@ -1,0 +1,169 @@
+"""The rate gate against a plain model of it that takes requests one at a time. DESIGN section 6."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from redis.asyncio import Redis
+
+from app.errors import GateUnavailable
+from app.gate import RedisGate
+from app.keys import Keys
+from app.redis_client import Scripts, connect
+from app.settings import Settings
+
+WINDOW, THRESHOLD, HOLD = 100, 5, 250
+START = 1_800_000_000_000
+
+
+@dataclass
+class ModelGate:
+    """One scope. Counts are kept per window; every request is decided on its own."""
+
+    sliding: bool
+    threshold: int = THRESHOLD
+    counts: Counter[int] = field(default_factory=Counter)
+    tripped_until: int = 0
+
+    def decide(self, now: int) -> bool:
+        """Whether one request, now, passes."""
+        window, elapsed = divmod(now, WINDOW)
+        self.counts[window] += 1
+        rate: float = self.counts[window]
+        if self.sliding:
+            rate += self.counts[window - 1] * (WINDOW - elapsed) / WINDOW
+        passes = self.tripped_until <= now
+        if rate > self.threshold:
+            self.tripped_until = now + HOLD
+            passes = False
+        return passes
+
+
+def gate_settings(**changes: object) -> Settings:
+    values: dict[str, object] = {
+        "trip_window_ms": WINDOW,
+        "trip_threshold": THRESHOLD,
+        "hold_ms": HOLD,
+        "partitions": 3,
+        **changes,
+    }
+    return Settings.model_validate(values)
+
+
+def make_gate(redis: Redis, config: Settings) -> RedisGate:
+    return RedisGate(Scripts(redis), Keys(config.namespace, config.partitions), config)
+
+
+batches = st.lists(
+    st.tuples(
+        st.integers(0, 3 * WINDOW),
+        st.lists(st.sampled_from(["env_1", "env_2", "a:b", "a", ":b", "env é"]), min_size=1, max_size=12),
+    ),
+    max_size=12,
+)
+
+
+@pytest.mark.parametrize("window", ["sliding", "fixed"])
+@pytest.mark.parametrize("fleet_threshold", [0, 8])
+@given(batches=batches)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_a_batch_is_decided_as_its_requests_one_by_one(
+    redis: Redis, window: str, fleet_threshold: int, batches: list[tuple[int, list[str]]]
+) -> None:
+    await redis.flushall()
+    config = gate_settings(gate_window=window, global_trip_threshold=fleet_threshold)
+    gate = make_gate(redis, config)
+    models: dict[str, ModelGate] = {}
+    fleet = ModelGate(window == "sliding", threshold=fleet_threshold)
+    now = START
+    for pause, environments in batches:
+        now += pause
+        expected = [
+            (models.setdefault(name, ModelGate(window == "sliding")).decide(now), fleet.decide(now))
+            for name in environments
+        ]
+        admission = await gate.admit(Counter(environments), now_ms=now)
+        left, fleet_left = dict(admission.by_environment), admission.fleet
+        decided = []
+        for name in environments:
+            decided.append((left[name] > 0, fleet_left > 0 if fleet_threshold else True))
+            left[name] -= 1
+            fleet_left -= 1
+        if not fleet_threshold:
+            expected = [(one, True) for one, _ in expected]
+        assert decided == expected
+
+
+async def test_the_threshold_passes_and_the_next_request_trips(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings())
+    assert (await gate.admit({"env": THRESHOLD}, START)).by_environment == {"env": THRESHOLD}
+    assert (await gate.admit({"env": 1}, START)).by_environment == {"env": 0}
+
+
+async def test_the_hold_ends_after_the_last_overage(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings())
+    await gate.admit({"env": THRESHOLD + 1}, START)
+    assert (await gate.admit({"env": 1}, START + HOLD - 1)).by_environment == {"env": 0}
+    assert (await gate.admit({"env": 1}, START + HOLD)).by_environment == {"env": 1}
+
+
+async def test_overage_during_the_hold_renews_it(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings())
+    await gate.admit({"env": THRESHOLD + 1}, START)
+    later = START + HOLD - 10
+    await gate.admit({"env": THRESHOLD + 1}, later)
+    assert (await gate.admit({"env": 1}, later + HOLD - 1)).by_environment == {"env": 0}
+    assert (await gate.admit({"env": 1}, later + HOLD)).by_environment == {"env": 1}
+
+
+async def test_a_sliding_window_lets_no_double_burst_through_a_boundary(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings())
+    boundary = (START // WINDOW + 1) * WINDOW
+    before = await gate.admit({"env": THRESHOLD}, boundary - 1)
+    after = await gate.admit({"env": THRESHOLD}, boundary)
+    assert before.by_environment["env"] + after.by_environment["env"] == THRESHOLD
+
+
+async def test_fixed_windows_let_a_double_burst_through_a_boundary(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings(gate_window="fixed"))
+    boundary = (START // WINDOW + 1) * WINDOW
+    before = await gate.admit({"env": THRESHOLD}, boundary - 1)
+    after = await gate.admit({"env": THRESHOLD}, boundary)
+    assert before.by_environment["env"] + after.by_environment["env"] == 2 * THRESHOLD
+
+
+async def test_holding_until_drained_looks_at_queued_entries(redis: Redis) -> None:
+    config = gate_settings(hold_until_drained=True)
+    gate = make_gate(redis, config)
+    drain = Keys(config.namespace, config.partitions).environment("env").drain
+    await redis.hset(drain, "queued", "1")
+    assert (await gate.admit({"env": 1, "other": 1}, START)).by_environment == {"env": 0, "other": 1}
+    await redis.hset(drain, "queued", "0")
+    assert (await gate.admit({"env": 1}, START)).by_environment == {"env": 1}
+
+
+async def test_state_is_forgotten_by_itself(redis: Redis) -> None:
+    config = gate_settings()
+    await make_gate(redis, config).admit({"env": 1})
+    key = Keys(config.namespace, config.partitions).environment("env").gate
+    assert 0 < await redis.pttl(key) <= 2 * WINDOW + HOLD
+
+
+async def test_the_server_clock_is_used_when_none_is_given(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings(trip_window_ms=60_000, hold_ms=60_000))
+    assert (await gate.admit({"env": THRESHOLD})).by_environment == {"env": THRESHOLD}
+    assert (await gate.admit({"env": 1})).by_environment == {"env": 0}
+
+
+async def test_a_gate_that_cannot_be_asked_says_so(redis: Redis) -> None:
+    config = gate_settings()
+    key = Keys(config.namespace, config.partitions).environment("env").gate
+    await redis.hset(key, "wrong", "type")
+    with pytest.raises(GateUnavailable):
+        await make_gate(redis, config).admit({"env": 1})
+    nowhere = connect("redis://127.0.0.1:1/0")
+    with pytest.raises(GateUnavailable):
+        await make_gate(nowhere, config).admit({"env": 1})
+    await nowhere.aclose()

@@ -1,0 +1,365 @@
+"""The story of a trigger, step by step, with the world in memory. Cites the guarantees it tells of."""
+
+import random
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import orjson
+import pytest
+
+from app import run_ids
+from app.batch import Entry
+from app.errors import BufferUnavailable, GateUnavailable, StoreUnavailable, Unreachable
+from app.pipeline import Pipeline
+from app.settings import Settings
+from app.store_health import StoreHealth
+from app.telemetry import Telemetry
+from tests.builders import START_MS, body, entry
+from tests.fakes import FakeBuffer, FakeDesk, FakeGate, FakeStore
+
+NOW = datetime.fromtimestamp(START_MS / 1000, UTC) + timedelta(milliseconds=5)
+PREFIX = "mollifier:reply:"
+
+
+class World:
+    """A pipeline in memory, and what came out of it."""
+
+    def __init__(self, **changes: Any) -> None:
+        self.gate, self.buffer, self.store, self.desk = FakeGate(), FakeBuffer(), FakeStore(), FakeDesk()
+        self.settings = Settings.model_validate(changes)
+        self.telemetry = Telemetry("test")
+        self.now = NOW
+        self.pipeline = Pipeline(
+            gate=self.gate,
+            buffer=self.buffer,
+            reservations=self.buffer,
+            store=self.store,
+            desk=self.desk,
+            health=StoreHealth(self.settings),
+            settings=self.settings,
+            telemetry=self.telemetry,
+            clock=lambda: self.now,
+        )
+
+    async def handle(self, *entries: Entry) -> list[dict[str, Any]]:
+        """Handle one batch; the replies to it, in order."""
+        before = len(self.desk.replies)
+        await self.pipeline.handle(entries)
+        return [orjson.loads(reply) for _, reply in self.desk.replies[before:]]
+
+    def count(self, metric: str, **labels: str) -> float:
+        return self.telemetry.registry.get_sample_value(metric, labels) or 0.0
+
+
+async def test_a_trigger_that_passes_is_a_row_and_a_reply() -> None:
+    world = World()
+    (reply,) = await world.handle(entry())
+    run_id = reply["run"]["id"]
+    assert reply == {
+        "type": "run",
+        "correlation_id": None,
+        "run": {"id": run_id, "friendly_id": f"run_{run_id}", "span_id": run_ids.span_id(run_id)},
+        "status": "QUEUED",
+        "is_cached": False,
+        "is_mollified": False,
+    }
+    assert list(world.store.rows) == [run_id]
+    assert not world.buffer.runs
+
+
+async def test_a_mollified_trigger_is_buffered_and_never_written() -> None:
+    world = World()
+    world.gate.passes = 0
+    (reply,) = await world.handle(entry())
+    assert reply["is_mollified"]
+    assert reply["notice"]["code"] == "mollifier.queued"
+    assert not world.store.rows
+    (buffered,) = world.buffer.runs.values()
+    assert buffered.buffered_at == NOW
+
+
+async def test_the_first_of_a_batch_pass_and_the_rest_are_mollified() -> None:
+    world = World()
+    world.gate.passes = 2
+    replies = await world.handle(*(entry() for _ in range(5)))
+    assert [reply["is_mollified"] for reply in replies] == [False, False, True, True, True]
+    assert world.gate.asked == [{"env_1": 5}]
+
+
+@pytest.mark.parametrize("bad", [b"", b"{", b'{"task":1}', b"\xff", b"[" * 5000])
+async def test_g12_one_bad_entry_disturbs_no_other(bad: bytes) -> None:
+    world = World()
+    good = [entry(), entry()]
+    replies = await world.handle(good[0], entry(bad), good[1])
+    assert [reply["type"] for reply in replies] == ["run", "error", "run"]
+    assert replies[1]["error"]["code"] == "invalid_request"
+    assert len(world.store.rows) == 2
+
+
+async def test_the_order_of_a_batch_changes_no_outcome() -> None:
+    contents = [
+        body(),
+        body(environment="env_2"),
+        b"{",
+        body(extra=1),
+        body(options={"run_id": "run_mine"}),
+        body(),
+    ]
+    entries = [entry(content, reply_to=f"{PREFIX}{number}") for number, content in enumerate(contents)]
+    outcomes = []
+    for seed in range(6):
+        world = World()
+        shuffled = random.Random(seed).sample(entries, len(entries))
+        await world.handle(*shuffled)
+        outcomes.append(
+            (sorted(world.desk.replies), sorted(world.store.rows), sorted(world.desk.acknowledged))
+        )
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+
+
+async def test_g1_every_entry_is_acknowledged_with_exactly_one_outcome() -> None:
+    world = World(max_tags=1)
+    entries = [
+        entry(),
+        entry(body(options={"tags": ["a", "b"]})),
+        entry(b"{"),
+        entry(b"{", reply_to=None),
+        entry(body(unknown=True), reply_to=None),
+        entry(reply_to="somebody:else"),
+        entry(reply_to=None),
+    ]
+    await world.handle(*entries)
+    assert world.desk.acknowledged == [one.id for one in entries]
+    dead = {item.entry.id: item.dead_letter.reason for item in world.desk.dead if item.dead_letter}
+    assert dead == {
+        entries[2].id: "undecodable",
+        entries[3].id: "undecodable",
+        entries[4].id: "unanswerable",
+        entries[5].id: "reply_channel",
+    }
+    assert len(world.store.rows) == 2
+    assert [channel for channel, _ in world.desk.replies] == [f"{PREFIX}test"] * 3
+
+
+async def test_g3_a_redelivered_request_gets_the_same_run_and_reply() -> None:
+    for passes in (0, 1):
+        world = World()
+        world.gate.passes = passes
+        first = entry(body(options={"delay": "10m"}))
+        (reply,) = await world.handle(first)
+        world.gate.passes = 1 - passes
+        (again,) = await world.handle(first._replace(deliveries=2))
+        assert again == reply
+        assert reply["status"] == "DELAYED"
+        assert len(world.store.rows) + len(world.buffer.runs) == 1
+
+
+async def test_g3_a_handled_request_is_answered_whatever_its_deadline_and_deliveries_say() -> None:
+    world = World(max_deliveries=2)
+    first = entry(body(deadline=(NOW + timedelta(seconds=1)).isoformat()))
+    (reply,) = await world.handle(first)
+    world.now = NOW + timedelta(hours=1)
+    (again,) = await world.handle(first._replace(deliveries=9))
+    assert again == reply
+
+
+async def test_a_late_request_is_refused() -> None:
+    world = World()
+    (reply,) = await world.handle(entry(body(deadline=NOW.isoformat())))
+    assert reply["error"]["code"] == "deadline_exceeded"
+    assert not world.store.rows
+
+
+async def test_a_request_handed_out_too_often_is_answered_and_set_aside() -> None:
+    world = World(max_deliveries=3)
+    (kept,) = await world.handle(entry(deliveries=3))
+    assert kept["type"] == "run"
+    (reply,) = await world.handle(entry(deliveries=4))
+    assert reply["error"]["code"] == "internal_error"
+    (item,) = world.desk.dead
+    assert item.dead_letter is not None
+    assert item.dead_letter.reason == "deliveries"
+
+
+async def test_g5_off_means_off() -> None:
+    world = World(enabled=False)
+    world.gate.failure = GateUnavailable("must not be asked")
+    world.buffer.failure = BufferUnavailable("must not be touched")
+    replies = await world.handle(entry(), entry(body(options={"run_id": "run_mine"})), entry(deliveries=2))
+    assert [reply["type"] for reply in replies] == ["run"] * 3
+    assert not world.buffer.chosen
+    assert world.count("mollifier_gate_failures_total") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"debounce": {"key": "k", "delay": "5s"}}, "bypass_debounce"),
+        ({"one_time_use_token": "t"}, "bypass_one_time_use_token"),
+        ({"parent_run_id": "run_p", "resume_parent_on_completion": True}, "bypass_resume_parent"),
+    ],
+)
+async def test_g6_bypasses_are_not_counted_and_never_buffered(options: dict[str, Any], reason: str) -> None:
+    world = World()
+    world.gate.passes = 0
+    (reply,) = await world.handle(entry(body(options=options)))
+    assert not reply["is_mollified"]
+    assert world.gate.asked == []
+    labels = {"outcome": "pass_through", "reason": reason, "enrolled": "true", "organization": "org_1"}
+    assert world.count("mollifier_decisions_total", **labels) == 1
+    world.store.failure = StoreUnavailable()
+    (reply,) = await world.handle(entry(body(options=options)))
+    assert reply["error"]["code"] == "store_unavailable"
+    assert not world.buffer.runs
+
+
+@pytest.mark.parametrize(
+    ("flag", "default", "shadow", "outcome"),
+    [
+        (True, False, False, "mollify"),
+        (False, True, False, "pass_through"),
+        (None, True, False, "mollify"),
+        (None, False, False, "pass_through"),
+        (False, False, True, "shadow"),
+        (True, True, True, "shadow"),
+    ],
+)
+async def test_enrolment_and_shadow_mode(
+    flag: bool | None, default: bool, shadow: bool, outcome: str
+) -> None:
+    world = World(default_enrolled=default, shadow_mode=shadow)
+    world.gate.passes = 0
+    content = body()
+    if flag is not None:
+        content["environment"]["feature_flags"] = {"mollifier_enabled": flag, "another": "flag"}
+    (reply,) = await world.handle(entry(content))
+    assert reply["is_mollified"] == (outcome == "mollify")
+    asked = outcome != "pass_through"
+    assert bool(world.gate.asked) == asked
+    total = sum(
+        sample.value
+        for metric in world.telemetry.registry.collect()
+        for sample in metric.samples
+        if sample.name == "mollifier_decisions_total" and sample.labels["outcome"] == outcome
+    )
+    assert total == 1
+
+
+async def test_a_flag_is_never_coerced() -> None:
+    content = body()
+    content["environment"]["feature_flags"] = {"mollifier_enabled": "false"}
+    (reply,) = await World().handle(entry(content))
+    assert reply["error"]["message"].startswith("environment.feature_flags.mollifier_enabled:")
+
+
+async def test_the_gate_fails_open_and_is_counted() -> None:
+    world = World()
+    world.gate.failure = GateUnavailable("away")
+    (reply,) = await world.handle(entry())
+    assert not reply["is_mollified"]
+    assert world.count("mollifier_gate_failures_total") == 1
+
+
+async def test_the_fleets_rate_mollifies_what_environments_would_let_pass() -> None:
+    world = World()
+    world.gate.fleet = 1
+    replies = await world.handle(entry(), entry(body(environment="env_2")))
+    assert [reply["is_mollified"] for reply in replies] == [False, True]
+    labels = {"outcome": "mollify", "reason": "global_rate", "enrolled": "true", "organization": "org_1"}
+    assert world.count("mollifier_decisions_total", **labels) == 1
+
+
+async def test_g8_a_refusing_buffer_is_an_error_and_never_a_row() -> None:
+    world = World()
+    world.gate.passes = 0
+    world.buffer.failure = BufferUnavailable()
+    (reply,) = await world.handle(entry())
+    assert reply["error"] == {
+        "code": "buffer_unavailable",
+        "message": BufferUnavailable.default,
+        "status": 503,
+        "retryable": True,
+    }
+    assert not world.store.rows
+
+
+async def test_what_the_buffer_did_is_not_guessed() -> None:
+    world = World()
+    world.gate.passes = 0
+    world.buffer.failure = Unreachable("silence")
+    bad = entry(b"{")
+    replies = await world.handle(entry(), bad)
+    assert [reply["type"] for reply in replies] == ["error"]
+    assert world.desk.acknowledged == [bad.id]
+
+
+async def test_a_failing_store_diverts_into_the_buffer_under_the_same_id() -> None:
+    world = World()
+    world.store.failure = StoreUnavailable()
+    (reply,) = await world.handle(entry())
+    assert reply["is_mollified"]
+    assert [run_id for _, run_id in world.buffer.runs] == [reply["run"]["id"]]
+    labels = {
+        "outcome": "mollify",
+        "reason": "store_unavailable",
+        "enrolled": "true",
+        "organization": "org_1",
+    }
+    assert world.count("mollifier_decisions_total", **labels) == 1
+    await world.handle(entry())
+    assert world.gate.asked == [{"env_1": 1}], "while the store fails the gate's answer would not matter"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"divert_on_store_failure": False}, {"default_enrolled": False}, {"shadow_mode": True}]
+)
+async def test_a_failing_store_is_an_error_where_diverting_is_not_allowed(changes: dict[str, bool]) -> None:
+    world = World(**changes)
+    world.store.failure = StoreUnavailable()
+    (reply,) = await world.handle(entry())
+    assert reply["error"]["code"] == "store_unavailable"
+    assert not world.buffer.runs
+
+
+@pytest.mark.parametrize("prepare", [lambda world: None, lambda world: setattr(world.gate, "passes", 0)])
+async def test_g7_a_chosen_id_of_another_environment_is_a_conflict(prepare: Callable[[World], None]) -> None:
+    world = World()
+    prepare(world)
+    options = {"run_id": "run_mine"}
+    (mine,) = await world.handle(entry(body(options=options)))
+    (theirs,) = await world.handle(entry(body(environment="env_2", options=options)))
+    assert mine["run"]["friendly_id"] == "run_mine"
+    assert theirs["error"]["code"] == "run_id_conflict"
+    assert "env_1" not in str(theirs)
+    (again,) = await world.handle(entry(body(options=options)))
+    assert again == mine
+
+
+async def test_a_reserved_id_is_let_go_once_the_run_is_a_row() -> None:
+    world = World()
+    await world.handle(entry(body(options={"run_id": "run_mine"})))
+    assert world.buffer.chosen == {}
+    world.gate.passes = 0
+    await world.handle(entry(body(options={"run_id": "run_other"})))
+    assert world.buffer.chosen == {"other": "env_1"}
+
+
+async def test_an_id_of_the_derived_form_can_be_repeated_but_not_invented() -> None:
+    world = World()
+    (reply,) = await world.handle(entry())
+    options = {"run_id": reply["run"]["friendly_id"]}
+    (again,) = await world.handle(entry(body(options=options)))
+    assert again["run"] == reply["run"]
+    (invented,) = await world.handle(entry(body(options={"run_id": "run_m" + "0" * 31})))
+    assert invented["error"]["code"] == "invalid_request"
+    world.store.failure = StoreUnavailable()
+    (unknown,) = await world.handle(entry(body(options={"run_id": "run_m" + "1" * 31})))
+    assert unknown["error"]["code"] == "store_unavailable"
+
+
+async def test_a_full_buffer_is_a_retryable_error() -> None:
+    world = World()
+    world.gate.passes, world.buffer.limit = 0, 1
+    replies = await world.handle(entry(), entry())
+    assert [reply.get("error", {}).get("code") for reply in replies] == [None, "queue_limit_exceeded"]

@@ -1,0 +1,50 @@
+"""Settings are checked once; a mistake names its variable; passwords are not shown."""
+
+import pytest
+
+from app.errors import ConfigurationError
+from app.settings import Settings
+
+
+def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REDIS_URL", "DATABASE_URL", "PORT", "HOST"):
+        monkeypatch.delenv(name, raising=False)
+    settings = Settings.load()
+    assert settings.trip_threshold == 100
+    assert settings.enabled
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MOLLIFIER_TRIP_THRESHOLD", "0"),
+        ("MOLLIFIER_TRIP_WINDOW_MS", "fast"),
+        ("MOLLIFIER_GATE_WINDOW", "round"),
+        ("MOLLIFIER_ENABLED", "perhaps"),
+        ("MOLLIFIER_NAMESPACE", "a b"),
+        ("MOLLIFIER_REPLY_CHANNELS", "("),
+        ("MOLLIFIER_LOG_LEVEL", "loud"),
+        ("PORT", "70000"),
+        ("REDIS_URL", "nowhere"),
+    ],
+)
+def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("MOLLIFIER_HOLD_MS", "-1")
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.load()
+    lines = str(caught.value).splitlines()
+    assert sorted(line.partition(":")[0] for line in lines) == sorted([variable, "MOLLIFIER_HOLD_MS"])
+
+
+def test_passwords_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "rediss://user:s3cret@redis.internal:6380/0")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://app:s3cret@db.internal/app")
+    shown = Settings.load().masked()
+    assert shown["REDIS_URL"] == "rediss://user:***@redis.internal:6380/0"
+    assert "s3cret" not in str(shown)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(Exception, match="frozen"):
+        Settings.load().port = 1  # type: ignore[misc]

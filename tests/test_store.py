@@ -1,0 +1,195 @@
+"""Rows in Postgres: every column, bad rows alone, races. G3, G4, G12."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import asyncpg
+import pytest
+
+from app.batch import Answer
+from app.errors import InvalidRequest, OneTimeUseTokenUsed, StoreUnavailable
+from app.ports import Materialised
+from app.postgres import create_pool
+from app.rows import Row, status_at
+from app.settings import Settings
+from app.store import PostgresStore
+from schemas.snapshot import Snapshot
+from tests.adapters import Pool
+from tests.builders import run
+
+NOW = datetime.now(UTC)
+
+FULL: dict[str, Any] = {
+    "environment_type": "STAGING",
+    "payload": b'{"a":  1, "b":"\\u0000\xc3\xa9"}',
+    "payload_type": "application/json",
+    "metadata": b'{"m": [1, {"n": null}]}',
+    "tags": ("one", "two"),
+    "idempotency_key": "key",
+    "idempotency_key_expires_at": NOW,
+    "idempotency_key_options": b'{"key": "key", "scope": "run"}',
+    "delay_until": NOW + timedelta(days=1),
+    "ttl_seconds": 3600,
+    "expires_at": NOW + timedelta(hours=1),
+    "queue": "emails",
+    "concurrency_key": "user-7",
+    "worker_queue": "main",
+    "machine": "small-1x",
+    "priority": -3,
+    "max_attempts": 3,
+    "max_duration": 300,
+    "locked_to_version": "20260101.1",
+    "is_test": True,
+    "depth": 2,
+    "parent_run_id": "parent",
+    "root_run_id": "root",
+    "resume_parent_on_completion": True,
+    "batch_id": "batch_1",
+    "batch_index": 4,
+    "debounce_key": "debounce",
+    "debounce_until": NOW,
+    "one_time_use_token": "token",
+    "replayed_from_run_id": "original",
+    "parent_span_id": "00f067aa0ba902b7",
+    "trace_context": b'{"traceparent": "00-x"}',
+    "buffered_at": NOW,
+}
+
+
+async def fetch(pool: Pool, run_id: str) -> asyncpg.Record:
+    row = await pool.fetchrow("SELECT * FROM mollifier.runs WHERE id = $1", run_id)
+    assert row is not None
+    return row
+
+
+def answered(outcome: object) -> Answer:
+    assert isinstance(outcome, Answer)
+    return outcome
+
+
+async def test_every_field_of_a_snapshot_is_in_its_column(store: PostgresStore, pool: Pool) -> None:
+    assert set(FULL) | {
+        "schema_version",
+        "id",
+        "organization_id",
+        "project_id",
+        "environment_id",
+        "task",
+        "trace_id",
+        "span_id",
+        "created_at",
+    } == set(Snapshot.__struct_fields__)
+    full = run(**FULL)
+    await store.insert([full], NOW)
+    row = await fetch(pool, full.id)
+    for name in Snapshot.__struct_fields__:
+        value = getattr(full, name)
+        if name in ("metadata", "idempotency_key_options", "trace_context"):
+            value = value.decode()
+        if name != "schema_version":
+            assert row[name] == (list(value) if isinstance(value, tuple) else value), name
+    assert row["friendly_id"] == f"run_{full.id}"
+    assert row["status"] == "DELAYED"
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "QUEUED"),
+        ({"delay_until": NOW + timedelta(seconds=1)}, "DELAYED"),
+        ({"delay_until": NOW}, "QUEUED"),
+        ({"expires_at": NOW}, "EXPIRED"),
+        ({"expires_at": NOW, "delay_until": NOW + timedelta(seconds=1)}, "EXPIRED"),
+    ],
+)
+async def test_the_status_follows_the_clock(changes: dict[str, Any], status: str) -> None:
+    assert status_at(run(**changes), NOW) == status
+
+
+async def test_g12_bad_rows_are_found_and_refused_alone(store: PostgresStore, pool: Pool) -> None:
+    runs = [run(metadata=b'{"a": "\\u0000"}') if number in (0, 7, 8) else run() for number in range(12)]
+    outcomes = await store.insert(runs, NOW)
+    assert [isinstance(outcome, InvalidRequest) for outcome in outcomes] == [
+        n in (0, 7, 8) for n in range(12)
+    ]
+    assert await pool.fetchval("SELECT count(*) FROM mollifier.runs") == 9
+
+
+async def test_g4_the_unique_index_decides_and_the_loser_gets_the_winner(
+    store: PostgresStore, pool: Pool
+) -> None:
+    winner = run(idempotency_key="k")
+    first, second, other_task, other_environment = await store.insert(
+        [
+            winner,
+            run(idempotency_key="k"),
+            run(idempotency_key="k", task="t"),
+            run("env_2", idempotency_key="k"),
+        ],
+        NOW,
+    )
+    assert answered(first) == Answer(winner.id, winner.span_id, None, False)
+    assert answered(second) == Answer(winner.id, winner.span_id, None, False, is_cached=True)
+    assert not answered(other_task).is_cached
+    assert not answered(other_environment).is_cached
+    assert await pool.fetchval("SELECT count(*) FROM mollifier.runs") == 3
+
+
+@pytest.mark.parametrize("text", ["k" * 2048, "\U0001f40d" * 2048, "a:b", "a\x01b", " "])
+async def test_keys_of_any_characters_and_length_never_collide(store: PostgresStore, text: str) -> None:
+    runs = [
+        run(text, task="t", idempotency_key="k"),
+        run("t", task=text, idempotency_key="k"),
+        run("t", task="k", idempotency_key=text),
+    ]
+    assert not any(answered(outcome).is_cached for outcome in await store.insert(runs, NOW))
+    again = await store.insert([run(text, task="t", idempotency_key="k")], NOW)
+    assert answered(again[0]).run_id == runs[0].id
+
+
+async def test_a_token_is_used_once(store: PostgresStore) -> None:
+    outcomes = await store.insert([run(one_time_use_token="t"), run("env_2", one_time_use_token="t")], NOW)
+    assert [type(outcome) for outcome in outcomes] == [Answer, OneTimeUseTokenUsed]
+
+
+async def test_racing_batches_in_opposite_order_all_end(store: PostgresStore, pool: Pool) -> None:
+    keys = [f"key-{number}" for number in range(60)]
+    batches = [
+        [run(idempotency_key=key) for key in (keys if worker % 2 else keys[::-1])] for worker in range(6)
+    ]
+    outcomes = await asyncio.gather(*(store.insert(batch, NOW) for batch in batches))
+    assert await pool.fetchval("SELECT count(*) FROM mollifier.runs") == len(keys)
+    assert sum(not answered(outcome).is_cached for batch in outcomes for outcome in batch) == len(keys)
+
+
+async def test_materialising_is_repeatable_and_lost_keys_become_aliases(
+    store: PostgresStore, pool: Pool
+) -> None:
+    winner, loser, other = run(idempotency_key="k"), run(idempotency_key="k"), run()
+    await store.insert([winner], NOW)
+    rows = [Row(loser, "QUEUED"), Row(other, "QUEUED")]
+    assert await store.materialise(rows) == [
+        Materialised("alias", winner_id=winner.id),
+        Materialised("inserted"),
+    ]
+    assert await store.materialise(rows) == [Materialised("present"), Materialised("present")]
+    aliases = await pool.fetch("SELECT id, run_id, environment_id FROM mollifier.run_aliases")
+    assert [tuple(alias) for alias in aliases] == [(loser.id, winner.id, "env_1")]
+    assert await store.recall([loser]) == [Answer(loser.id, loser.span_id, None, is_mollified=True)]
+
+
+async def test_postgres_away_is_unavailable_not_refused() -> None:
+    pool = await create_pool("postgresql://postgres@127.0.0.1:1/nothing", 1.0)
+    away = PostgresStore(pool, Settings.model_validate({}))
+    with pytest.raises(StoreUnavailable):
+        await away.insert([run()], NOW)
+    with pytest.raises(StoreUnavailable):
+        await away.recall([run()])
+    pool.terminate()
+
+
+async def test_a_database_that_was_not_migrated_is_unavailable(store: PostgresStore, pool: Pool) -> None:
+    await pool.execute("DROP SCHEMA mollifier CASCADE")
+    with pytest.raises(StoreUnavailable):
+        await store.insert([run()], NOW)
