@@ -81,7 +81,7 @@ class RedisBuffer:
         for positions, answer in zip(_positions(groups), answers[: len(calls)], strict=True):
             for position, snapshot in zip(positions, answer, strict=True):
                 if snapshot is not None:
-                    outcomes[position] = answer_of(decode_snapshot(snapshot))
+                    outcomes[position] = _known(runs[position], decode_snapshot(snapshot))
         taken = {
             run.id
             for (_, reserved), answer in zip(reservations, answers[len(calls) :], strict=True)
@@ -139,6 +139,10 @@ class RedisBuffer:
 def answer_of(run: Snapshot) -> Answer:
     """A buffered run as the answer to its own request."""
     return Answer(run.id, run.span_id, run.delay_until, is_mollified=True)
+
+
+def _known(asked: Snapshot, found: Snapshot) -> Answer | RequestError:
+    return answer_of(found) if found.organization_id == asked.organization_id else RunIdConflict()
 
 
 def _outcome(run: Snapshot, result: int | bytes) -> Answer | RequestError:

@@ -134,7 +134,7 @@ def _own(run: Snapshot, record: asyncpg.Record) -> Answer | RequestError | None:
     """The answer if the id itself is known."""
     if record["own_environment_id"] is None:
         return None
-    if record["own_environment_id"] != run.environment_id:
+    if (record["own_environment_id"], record["own_organization_id"]) != (run.environment_id, run.organization_id):
         return RunIdConflict()
     return Answer(run.id, run.span_id, record["own_delay_until"], record["own_is_buffered"])
 

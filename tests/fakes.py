@@ -61,8 +61,9 @@ class FakeBuffer:
         return [self._recall(run, run.id in reserved) for run in runs]
 
     def _recall(self, run: Snapshot, is_reserved: bool) -> Answer | RequestError | None:
-        if (run.environment_id, run.id) in self.runs:
-            return self._accept(run)
+        known = self.runs.get((run.environment_id, run.id))
+        if known is not None:
+            return self._accept(run) if known.organization_id == run.organization_id else RunIdConflict()
         taken = is_reserved and self.chosen[run.id] != run.environment_id
         return RunIdConflict() if taken else None
 
@@ -93,7 +94,7 @@ class FakeStore:
 
     def _answer(self, run: Snapshot) -> Answer | RequestError:
         row = self.rows[run.id]
-        if row.environment_id != run.environment_id:
+        if (row.environment_id, row.organization_id) != (run.environment_id, run.organization_id):
             return RunIdConflict()
         return Answer(row.id, row.span_id, row.delay_until, is_mollified=row.buffered_at is not None)
 

@@ -41,6 +41,8 @@ async def test_an_accepted_run_is_found_in_its_environment_only(buffers: Callabl
         Answer(other.id, other.span_id, None, is_mollified=True),
     ]
     elsewhere = run("env_2", id=mine.id)
+    (conflict,) = await buffer.recall([run("env_1", id=mine.id, organization_id="org_2")], [])
+    assert isinstance(conflict, RunIdConflict)
     missing = run("env_1")
     found = await buffer.recall([missing, mine, elsewhere, other], [])
     assert [answer.run_id if isinstance(answer, Answer) else answer for answer in found] == [
@@ -87,6 +89,8 @@ async def test_an_inserted_run_is_recalled_in_its_environment_only(any_store: St
         Answer(mine.id, mine.span_id, None, is_mollified=False),
         Answer(buffered.id, buffered.span_id, NOW, is_mollified=True),
     ]
+    (conflict,) = await any_store.recall([run("env_1", id=mine.id, organization_id="org_2")])
+    assert isinstance(conflict, RunIdConflict)
     found = await any_store.recall([mine, run("env_2", id=mine.id), run("env_1"), buffered])
     assert found[0] == Answer(mine.id, mine.span_id, None, is_mollified=False)
     assert isinstance(found[1], RunIdConflict)

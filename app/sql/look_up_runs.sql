@@ -4,6 +4,7 @@
 -- Returns one row per run, in order.
 SELECT
     coalesce(own.environment_id, alias.environment_id) AS own_environment_id,
+    coalesce(own.organization_id, winner.organization_id) AS own_organization_id,
     own.buffered_at IS NOT NULL OR alias.id IS NOT NULL AS own_is_buffered,
     own.delay_until AS own_delay_until,
     coalesce(keyed.id, debounced.id) AS winner_id,
@@ -14,6 +15,7 @@ FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text
     AS wanted (id, environment_id, task, idempotency_key, token, debounce_key, position)
 LEFT JOIN mollifier.runs AS own ON own.id = wanted.id
 LEFT JOIN mollifier.run_aliases AS alias ON alias.id = wanted.id
+LEFT JOIN mollifier.runs AS winner ON winner.id = alias.run_id
 LEFT JOIN mollifier.runs AS keyed
     ON keyed.idempotency_key IS NOT NULL
     AND mollifier.key_digest(keyed.environment_id, keyed.task, keyed.idempotency_key)
