@@ -1,7 +1,7 @@
 """The values that travel through the pipeline: entries come in, items gain an outcome, replies go out."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Literal, NamedTuple
@@ -62,11 +62,24 @@ class DeadLetter(NamedTuple):
     detail: str
 
 
+class Claim(NamedTuple):
+    """What became of a claim: `claimed` by this request, `pending` for another, or `taken` by a winner.
+
+    `expected` is the value the claim has now (None while pending); `winner` is there if buffered.
+    """
+
+    state: Literal["claimed", "pending", "taken"]
+    expected: str | None = None
+    winner: Snapshot | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Item:
     """One request on its way. Each step fills in its part; `outcome` ends the way.
 
-    An item that leaves the pipeline without an outcome stays pending and is handed out again.
+    `claim` and `followers` belong to the first request of an idempotency key; the others `follow` it.
+    A `suspended` item leaves its batch without an outcome: it `waits` for its key, or else its entry
+    stays pending and is handed out again.
     """
 
     entry: Entry
@@ -77,12 +90,17 @@ class Item:
     decision: Decision | None = None
     outcome: Answer | RequestError | None = None
     dead_letter: DeadLetter | None = None
+    claim: Claim | None = None
+    followers: list["Item"] = field(default_factory=list)
+    follows: bool = False
     suspended: bool = False
+    waits: bool = False
+    waiting_since: float | None = None
 
     @property
     def open(self) -> bool:
         """Whether later steps still have something to do with it."""
-        return self.outcome is None and self.dead_letter is None and not self.suspended
+        return self.outcome is None and self.dead_letter is None and not (self.suspended or self.follows)
 
     @property
     def is_redelivered(self) -> bool:

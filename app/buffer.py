@@ -4,21 +4,25 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import msgspec
 from redis.exceptions import ResponseError
 
-from app.batch import Answer
-from app.errors import BufferUnavailable, QueueLimitExceeded, RequestError, RunIdConflict, Unreachable
+from app.batch import Answer, Claim
+from app.errors import (
+    BufferUnavailable,
+    ClaimTimedOut,
+    QueueLimitExceeded,
+    RequestError,
+    RunIdConflict,
+    Unreachable,
+)
 from app.keys import Keys
 from app.redis_client import Call, Scripts
+from app.run_ids import is_derived
 from app.settings import Settings
-from schemas.snapshot import Snapshot
-
-encode_snapshot = msgspec.msgpack.Encoder().encode
-decode_snapshot = msgspec.msgpack.Decoder(Snapshot).decode
+from schemas.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
 _WAIT_MS = 2000
-_ACCEPTED, _KNOWN, _FULL = 1, 0, -1
+_ACCEPTED, _KNOWN, _FULL, _LOST = 1, 0, -1, -2
 
 Grouped = dict[int, dict[str, list[int]]]
 
@@ -37,20 +41,27 @@ class RedisBuffer:
         if settings.buffer_wait_aof:
             self._waits.append((1, Call("WAITAOF", None, [1, 0, _WAIT_MS])))
 
-    async def accept(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError]:
+    async def accept(
+        self, runs: Sequence[Snapshot], claims: Sequence[Claim | None]
+    ) -> Sequence[Answer | RequestError]:
         """See `ports.Buffer.accept`."""
         groups = self._group(runs)
         calls = []
         for partition, environments in groups.items():
             keys = [self._keys.ready(partition)]
-            arguments: list[str | bytes | int] = [self._settings.max_buffered_per_env, self._keys.wake]
+            claim_keys: list[str] = []
+            head = (self._settings.max_buffered_per_env, self._keys.wake, len(environments))
+            arguments: list[str | bytes | int] = list(head)
             for environment, positions in environments.items():
                 names = self._keys.environment(environment)
                 keys += (names.entries, names.index, names.drain)
                 arguments += (environment, runs[positions[0]].organization_id, len(positions))
                 for position in positions:
-                    arguments += (runs[position].id, encode_snapshot(runs[position]))
-            calls.append(Call("accept", keys, arguments))
+                    run = runs[position]
+                    arguments += (run.id, encode_snapshot(run), *_claim(run, claims[position]))
+                    if run.idempotency_key is not None:
+                        claim_keys.append(self._keys.claim(run))
+            calls.append(Call("accept", [*keys, *claim_keys], arguments))
         answers = await self._run(calls)
         outcomes: list[Answer | RequestError] = [BufferUnavailable()] * len(runs)
         for positions, answer in zip(_positions(groups), answers, strict=True):
@@ -97,6 +108,18 @@ class RedisBuffer:
         """See `ports.Buffer.release`."""
         await self._scripts.run([call for call, _ in self._chosen("release", runs)])
 
+    async def retire(self, runs: Sequence[Snapshot]) -> None:
+        """See `ports.Reservations.retire`."""
+        by_partition: defaultdict[int, list[Snapshot]] = defaultdict(list)
+        for run in runs:
+            if run.idempotency_key is not None:
+                by_partition[self._keys.environment(run.environment_id).partition].append(run)
+        calls = [call for call, _ in self._chosen("release", [run for run in runs if not is_derived(run.id)])]
+        for some in by_partition.values():
+            ends = [part for run in some for part in (run.id, "", 1)]
+            calls.append(Call("settle_claims", [self._keys.claim(run) for run in some], ends))
+        await self._scripts.run(calls)
+
     def _chosen(self, script: str, runs: Iterable[Snapshot]) -> list[tuple[Call, list[Snapshot]]]:
         by_partition: defaultdict[int, list[Snapshot]] = defaultdict(list)
         for run in runs:
@@ -141,14 +164,36 @@ def answer_of(run: Snapshot) -> Answer:
     return Answer(run.id, run.span_id, run.delay_until, is_mollified=True)
 
 
+def _claim(run: Snapshot, claim: Claim | None) -> tuple[str, int]:
+    """What the script is to expect of a run's claim, and how many ms it lives once published; 0: no key."""
+    if run.idempotency_key_expires_at is None or run.buffered_at is None:
+        return "", 0
+    left = run.idempotency_key_expires_at - run.buffered_at
+    return (claim and claim.expected) or "", max(1, int(left.total_seconds() * 1000))
+
+
 def _known(asked: Snapshot, found: Snapshot) -> Answer | RequestError:
     return answer_of(found) if found.organization_id == asked.organization_id else RunIdConflict()
 
 
-def _outcome(run: Snapshot, result: int | bytes) -> Answer | RequestError:
+def _outcome(run: Snapshot, result: int | bytes | list[bytes]) -> Answer | RequestError:
+    if isinstance(result, list):
+        return _winner(run, *result)
     if result in (_ACCEPTED, _KNOWN):
         return answer_of(run)
+    if result == _LOST:
+        return ClaimTimedOut()
     return QueueLimitExceeded() if result == _FULL else BufferUnavailable()
+
+
+def _winner(run: Snapshot, winner_id: bytes, snapshot: bytes) -> Answer | RequestError:
+    """The answer to a run whose key was taken by the time it came to the buffer."""
+    if not snapshot:
+        return Answer(winner_id.decode(), None, None, is_mollified=False, is_cached=True)
+    winner = decode_snapshot(snapshot)
+    if winner.organization_id != run.organization_id:
+        return RunIdConflict("options.idempotency_key: this key cannot be used")
+    return answer_of(winner)._replace(is_cached=True)
 
 
 def _positions(groups: Grouped) -> list[list[int]]:

@@ -39,7 +39,7 @@ class Decide:
         settings = self._settings
         if not settings.enabled:
             return Decision(Outcome.PASS_THROUGH, "disabled")
-        enrolled = self.is_enrolled(request)
+        enrolled = is_enrolled(request, settings)
         bypass = bypass_reason(request)
         if bypass is not None:
             return Decision(Outcome.PASS_THROUGH, bypass, enrolled)
@@ -50,11 +50,6 @@ class Decide:
             if trouble is not None:
                 return Decision(Outcome.MOLLIFY, trouble, enrolled)
         return None
-
-    def is_enrolled(self, request: TriggerRequest) -> bool:
-        """Whether the request's organization takes part: its own flag, else the default."""
-        flag = request.environment.feature_flags.mollifier_enabled
-        return self._settings.default_enrolled if flag is None else flag
 
     async def _ask(self, items: Sequence[Item]) -> None:
         environments = [_environment_id(item) for item in items]
@@ -77,7 +72,7 @@ class Decide:
 
     def _decision(self, item: Item, reason: str) -> Decision:
         assert item.request is not None
-        enrolled = self.is_enrolled(item.request)
+        enrolled = is_enrolled(item.request, self._settings)
         divertible = enrolled and not self._settings.shadow_mode
         if not reason:
             return Decision(Outcome.PASS_THROUGH, "within_rate", enrolled, divertible)
@@ -86,9 +81,26 @@ class Decide:
     def _let_pass(self, items: Iterable[Item]) -> None:
         for item in items:
             assert item.request is not None
-            enrolled = self.is_enrolled(item.request)
+            enrolled = is_enrolled(item.request, self._settings)
             divertible = enrolled and not self._settings.shadow_mode
             item.decision = Decision(Outcome.PASS_THROUGH, "gate_unavailable", enrolled, divertible)
+
+
+def may_be_mollified(item: Item, settings: Settings) -> bool:
+    """Whether the gate could ever mollify a request: only then does its key have to be claimed."""
+    assert item.request is not None
+    return (
+        settings.enabled
+        and not settings.shadow_mode
+        and bypass_reason(item.request) is None
+        and is_enrolled(item.request, settings)
+    )
+
+
+def is_enrolled(request: TriggerRequest, settings: Settings) -> bool:
+    """Whether a request's organization takes part: its own flag, else the default."""
+    flag = request.environment.feature_flags.mollifier_enabled
+    return settings.default_enrolled if flag is None else flag
 
 
 def bypass_reason(request: TriggerRequest) -> str | None:

@@ -13,15 +13,12 @@ from datetime import UTC, datetime
 import msgspec
 from msgspec.structs import replace
 
-from app import run_ids
 from app.errors import StoreUnavailable
 from app.ports import Graveyard, Materialised, Materialiser, Reservations, Taken, Turns
 from app.rows import Row, status_at
 from app.settings import Settings
 from app.telemetry import Telemetry
-from schemas.snapshot import Snapshot
-
-_decode = msgspec.msgpack.Decoder(Snapshot).decode
+from schemas.snapshot import Snapshot, decode_snapshot
 
 
 @dataclass(slots=True, eq=False)
@@ -71,31 +68,31 @@ class Drain:
         now = self._clock()
         loads = unpack(taken, now)
         try:
-            await self._write([load for load in loads if load.row is not None])
-            await self._write_failures([load for load in loads if load.trouble and load.row is not None])
+            await self._write([load for load in loads if load.row is not None], now)
+            await self._write_failures([load for load in loads if load.trouble and load.row is not None], now)
         except StoreUnavailable:
             await self._turns.put_back(taken)
             raise
         await self._bury([load for load in loads if load.trouble])
         await self._turns.settle(taken)
-        await self._release(loads)
+        await self._reservations.retire([load.row.run for load in loads if load.row is not None])
         self._count(loads, now)
         return len(loads)
 
-    async def _write(self, loads: Sequence[Load]) -> None:
+    async def _write(self, loads: Sequence[Load], now: datetime) -> None:
         rows = [load.row for load in loads if load.row is not None]
         if not rows:
             return
-        for load, result in zip(loads, await self._materialiser.materialise(rows), strict=True):
+        for load, result in zip(loads, await self._materialiser.materialise(rows, now), strict=True):
             load.result = result
             load.trouble = result.error or ""
 
-    async def _write_failures(self, loads: Sequence[Load]) -> None:
+    async def _write_failures(self, loads: Sequence[Load], now: datetime) -> None:
         """Give a run that Postgres refuses a row that says so (G12): its identity and links alone."""
         for load in loads:
             assert load.row is not None
             load.row = failure_row(load.row.run, load.trouble)
-        await self._write(loads)
+        await self._write(loads, now)
 
     async def _bury(self, loads: Sequence[Load]) -> None:
         for load in loads:
@@ -103,10 +100,6 @@ class Drain:
             await self._graveyard.bury(
                 load.environment_id, load.entry_id, load.snapshot, reason, load.trouble
             )
-
-    async def _release(self, loads: Sequence[Load]) -> None:
-        runs = [load.row.run for load in loads if load.row is not None]
-        await self._reservations.release([run for run in runs if not run_ids.is_derived(run.id)])
 
     def _count(self, loads: Sequence[Load], now: datetime) -> None:
         results = Counter("dead" if load.result is None else load.result.result for load in loads)
@@ -123,12 +116,20 @@ def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
         for entry_id, snapshot in one.entries:
             load = Load(one.environment_id, entry_id, snapshot)
             try:
-                run = _decode(snapshot)
-                load.row = Row(run, status_at(run, now))
+                run = decode_snapshot(snapshot)
+                load.row = Row(_without_expired_key(run, now), status_at(run, now))
             except (msgspec.MsgspecError, UnicodeError, ValueError, OverflowError) as error:
                 load.trouble = f"the snapshot cannot be read: {error}"
             loads.append(load)
     return loads
+
+
+def _without_expired_key(run: Snapshot, now: datetime) -> Snapshot:
+    """A run that outlived its idempotency key becomes a row without it: the key may be another's by now."""
+    expires_at = run.idempotency_key_expires_at
+    if expires_at is None or expires_at > now:
+        return run
+    return replace(run, idempotency_key=None, idempotency_key_expires_at=None)
 
 
 def failure_row(run: Snapshot, reason: str) -> Row:

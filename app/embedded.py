@@ -51,7 +51,7 @@ class _Server(ABC):
 
     def __init__(self, data_dir: Path, port: int | None = None, *, options: Mapping[str, str] = {}) -> None:
         self.data_dir = data_dir.resolve()
-        self.port = _free_port() if port is None else port
+        self.port = free_port() if port is None else port
         self.options = dict(options)
         self._data = self.data_dir / "data"
         self._log = self.data_dir / "server.log"
@@ -436,7 +436,8 @@ def _let_read(install: Path) -> None:
 _given_out: set[int] = set()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on, and that this process has not been given before."""
     for port in random.sample(PORTS, len(PORTS)):
         if port not in _given_out and port_is_free(port):
             _given_out.add(port)

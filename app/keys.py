@@ -15,6 +15,7 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:{p}:entries:<env>    stream   buffer, turns              the buffer: fields run_id, snapshot
     ns:{p}:index:<env>      hash     buffer, turns              run id -> entry id
     ns:{p}:drain:<env>      hash     buffer, turns              organization_id, queued, holder, taken, done
+    ns:{p}:claim:<digest>   string   claims, buffer             `pending:<token>`, or the winner's run id
     ns:{p}:ready            sorted   buffer, turns              environments with entries, by last turn
     ns:{p}:grace            sorted   turns                      `<entry id> <env>` -> when to forget it
     ns:{p}:chosen           hash     buffer                     caller-chosen id -> environment, till a row
@@ -24,6 +25,8 @@ In `chosen` the partition is that of the run id.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import blake2b
+from typing import Protocol
 from zlib import crc32
 
 
@@ -36,6 +39,17 @@ class EnvironmentKeys:
     entries: str
     index: str
     drain: str
+
+
+class Keyed(Protocol):
+    """What an idempotency key belongs to."""
+
+    @property
+    def environment_id(self) -> str: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def idempotency_key(self) -> str | None: ...
 
 
 class Keys:
@@ -66,6 +80,12 @@ class Keys:
             f"{tag}:index:{environment_id}",
             f"{tag}:drain:{environment_id}",
         )
+
+    def claim(self, run: "Keyed") -> str:
+        """The claim of a run's idempotency key; a digest, so that no two keys of any characters collide."""
+        parts = f"{run.environment_id}\0{run.task}\0{run.idempotency_key}".encode()
+        partition = self.environment(run.environment_id).partition
+        return f"{self.namespace}:{{{partition}}}:claim:{blake2b(parts, digest_size=16).hexdigest()}"
 
     def ready(self, partition: int) -> str:
         return f"{self.namespace}:{{{partition}}}:ready"

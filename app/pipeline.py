@@ -12,16 +12,22 @@ from datetime import UTC, datetime
 from app.batch import Batch, Entry, Item
 from app.decide import Decide
 from app.decode import Decode
-from app.ports import Buffer, Desk, RateGate, Reservations, Store
+from app.deduplicate import Deduplicate
+from app.ports import Buffer, Claims, Desk, RateGate, Reservations, Store
 from app.recall import Recall
 from app.respond import Respond
 from app.settings import Settings
+from app.settle import Settle
 from app.store_health import StoreHealth
 from app.telemetry import Telemetry
 from app.validate import Validate
+from app.waiting import WaitingRoom
 from app.write import Write
 
 Step = Callable[[Batch], Awaitable[None]]
+
+_RESUME_AT = 3
+"""The step that a request which waited for its key comes back to: deduplicate."""
 
 
 class Pipeline:
@@ -33,6 +39,7 @@ class Pipeline:
         gate: RateGate,
         buffer: Buffer,
         reservations: Reservations,
+        claims: Claims,
         store: Store,
         desk: Desk,
         health: StoreHealth,
@@ -40,12 +47,16 @@ class Pipeline:
         telemetry: Telemetry,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        self.waiting_room = WaitingRoom(claims, self.resume, settings, telemetry)
+        wait = self.waiting_room.admit
         self._steps: Sequence[tuple[str, Step]] = (
             ("decode", Decode(settings)),
             ("validate", Validate(settings)),
             ("recall", Recall(buffer, store, settings, telemetry)),
+            ("deduplicate", Deduplicate(claims, store, wait, settings, telemetry)),
             ("decide", Decide(gate, health, settings, telemetry)),
             ("write", Write(buffer, store, health, settings, telemetry)),
+            ("settle", Settle(claims, wait, telemetry)),
             ("respond", Respond(reservations, desk, telemetry)),
         )
         self._telemetry = telemetry
@@ -57,7 +68,14 @@ class Pipeline:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        batch = Batch([Item(entry) for entry in entries], self._clock())
-        for name, step in self._steps:
+        await self._run(self._steps, [Item(entry) for entry in entries])
+
+    async def resume(self, items: Sequence[Item]) -> None:
+        """Take requests on that waited for their idempotency keys; they may come to wait again."""
+        await self._run(self._steps[_RESUME_AT:], items)
+
+    async def _run(self, steps: Sequence[tuple[str, Step]], items: Sequence[Item]) -> None:
+        batch = Batch(items, self._clock())
+        for name, step in steps:
             with self._telemetry.stage(name):
                 await step(batch)

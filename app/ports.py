@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 
-from app.batch import Answer, Item
+from app.batch import Answer, Claim, Item
 from app.errors import RequestError
 from app.rows import Row
 from schemas.snapshot import Snapshot
@@ -33,8 +33,13 @@ class RateGate(Protocol):
 
 
 class Buffer(Protocol):
-    async def accept(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError]:
+    async def accept(
+        self, runs: Sequence[Snapshot], claims: Sequence[Claim | None]
+    ) -> Sequence[Answer | RequestError]:
         """Append runs to their environments' buffers; per run, in order, its answer or its refusal.
+
+        A run with an idempotency key publishes its claim in the same step; one whose key has a winner by
+        now is answered with that winner instead.
 
         Raises:
             BufferUnavailable: Redis refuses to write; nothing was accepted.
@@ -65,6 +70,49 @@ class Reservations(Protocol):
         """
         ...
 
+    async def retire(self, runs: Sequence[Snapshot]) -> None:
+        """Let go of the ids and the published claims of runs that are rows by now: Postgres guards them.
+
+        Raises:
+            Unreachable: some may still be held; that is harmless.
+        """
+        ...
+
+
+class Settlement(NamedTuple):
+    """The end of a claim that has the value `expected`: published with a run id, or released with ''."""
+
+    run: Snapshot
+    expected: str
+    winner_id: str
+
+
+class Claims(Protocol):
+    async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
+        """Claim the idempotency keys of runs; per run, in order, what became of it.
+
+        Raises:
+            Unreachable: claims cannot be reached.
+        """
+        ...
+
+    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
+        """Publish or release claims, each only if it still has the expected value; how many had not.
+
+        Raises:
+            Unreachable: claims cannot be reached; they end by themselves.
+        """
+        ...
+
+
+class KeyHolder(NamedTuple):
+    """The live row that has an idempotency key."""
+
+    run_id: str
+    organization_id: str
+    span_id: str
+    delay_until: datetime | None
+
 
 class Store(Protocol):
     async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
@@ -76,6 +124,14 @@ class Store(Protocol):
 
         Raises:
             StoreUnavailable: Postgres cannot be written; nothing was inserted.
+        """
+        ...
+
+    async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
+        """Per run, in order, the row that has its idempotency key, if the key is not free.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be read.
         """
         ...
 
@@ -133,8 +189,10 @@ class Materialised(NamedTuple):
 
 
 class Materialiser(Protocol):
-    async def materialise(self, rows: Sequence[Row]) -> Sequence[Materialised]:
+    async def materialise(self, rows: Sequence[Row], now: datetime) -> Sequence[Materialised]:
         """Write rows in one statement, ignoring those that are there; per row, in order, what became of it.
+
+        `now` decides which idempotency keys have become free for them.
 
         Raises:
             StoreUnavailable: Postgres cannot be written; some rows may have been.

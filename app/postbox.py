@@ -22,6 +22,7 @@ from schemas.replies import ErrorDetail, Reply, RunReply
 _FIRST_RECONNECT_S, _LONGEST_RECONNECT_S = 0.05, 1.0
 _SILENCE_S = 5.0
 _SENT_AT_ONCE = 500
+_CANCEL_AGAIN_S = 0.05
 
 _decode = msgspec.json.Decoder(Reply).decode
 
@@ -57,8 +58,9 @@ class Postbox:
     async def close(self) -> None:
         """Let go of the connections; who still waits is cancelled."""
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            while not task.done():  # redis-py swallows a cancellation that meets the end of a read
+                task.cancel()
+                await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
         for waiting in self._waiting.values():
             waiting.future.cancel()
         await self._redis.aclose()

@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 
 import asyncpg
 
 from app.batch import Answer
 from app.errors import InternalError, OneTimeUseTokenUsed, RequestError, RunIdConflict
-from app.ports import Materialised
+from app.ports import KeyHolder, Materialised
 from app.postgres import Connection, acquire, is_unavailable, refusal, statement
 from app.rows import Row, status_at
 from app.settings import Settings
@@ -30,21 +30,27 @@ class PostgresStore:
     async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
         """See `ports.Store.insert`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            hindrances = await _insert(connection, [Row(run, status_at(run, now)) for run in runs])
+            hindrances = await _insert(connection, [Row(run, status_at(run, now)) for run in runs], now)
         return [_answer(run, hindrance) for run, hindrance in zip(runs, hindrances, strict=True)]
+
+    async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
+        """See `ports.Store.look_up_keys`."""
+        async with acquire(self._pool, self._timeout_s) as connection:
+            records = await connection.fetch(statement("look_up_keys"), *_keys(runs), now)
+        return [None if record["id"] is None else KeyHolder(*record) for record in records]
 
     async def recall(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
         """See `ports.Store.recall`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            found = await _look_up(connection, runs)
+            found = await _look_up(connection, runs, datetime.now(UTC))
         return [_own(run, record) for run, record in zip(runs, found, strict=True)]
 
-    async def materialise(self, rows: Sequence[Row]) -> Sequence[Materialised]:
+    async def materialise(self, rows: Sequence[Row], now: datetime) -> Sequence[Materialised]:
         """See `ports.Materialiser.materialise`."""
         async with acquire(self._pool, self._timeout_s) as connection:
             results = [
                 _materialised(row, hindrance)
-                for row, hindrance in zip(rows, await _insert(connection, rows), strict=True)
+                for row, hindrance in zip(rows, await _insert(connection, rows, now), strict=True)
             ]
             aliases = [
                 (row.run.id, result.winner_id, row.run.environment_id)
@@ -67,30 +73,35 @@ class PostgresStore:
         return time.perf_counter() - started
 
 
-async def _insert(connection: Connection, rows: Sequence[Row], tries: int = _TRIES) -> list[Hindrance]:
+async def _insert(
+    connection: Connection, rows: Sequence[Row], now: datetime, tries: int = _TRIES
+) -> list[Hindrance]:
     """Insert rows in one statement. One that fails is found by halving, so the others never know of it."""
     try:
         records = await connection.fetch(statement("insert_runs"), [row.values() for row in rows])
     except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
         if tries <= 1:
             raise
-        return await _insert(connection, rows, tries - 1)
+        return await _insert(connection, rows, now, tries - 1)
     except Exception as error:
         if is_unavailable(error):
             raise
         if len(rows) == 1:
             return [error]
         half = len(rows) // 2
-        return [*await _insert(connection, rows[:half]), *await _insert(connection, rows[half:])]
+        return [*await _insert(connection, rows[:half], now), *await _insert(connection, rows[half:], now)]
     if len(records) == len(rows):
         return [None] * len(rows)
-    return await _explain(connection, rows, {record["id"] for record in records}, tries)
+    return await _explain(connection, rows, {record["id"] for record in records}, now, tries)
 
 
 async def _explain(
-    connection: Connection, rows: Sequence[Row], inserted: set[str], tries: int
+    connection: Connection, rows: Sequence[Row], inserted: set[str], now: datetime, tries: int
 ) -> list[Hindrance]:
-    """Say for each row whether it was inserted or what was in its way; what no longer is, is tried again."""
+    """Say for each row whether it was inserted or what was in its way.
+
+    A key that has become free is freed, and what no longer has anything in its way is tried again.
+    """
     hindrances: list[Hindrance] = [None] * len(rows)
     left_out = []
     for position, row in enumerate(rows):
@@ -98,20 +109,32 @@ async def _explain(
             inserted.discard(row.run.id)
         else:
             left_out.append(position)
+    found = await _look_up(connection, [rows[position].run for position in left_out], now)
     again = []
-    found = await _look_up(connection, [rows[position].run for position in left_out])
     for position, record in zip(left_out, found, strict=True):
         hindrances[position] = record
-        if not (record["own_environment_id"] or record["winner_id"] or record["token_is_used"]):
+        is_free = record["winner_id"] is None or record["winner_key_is_free"]
+        if record["own_environment_id"] is None and is_free and not record["token_is_used"]:
             again.append(position)
     if again and tries > 1:
-        retried = await _insert(connection, [rows[position] for position in again], tries - 1)
+        await connection.execute(
+            statement("free_keys"), *_keys([rows[position].run for position in again]), now
+        )
+        retried = await _insert(connection, [rows[position] for position in again], now, tries - 1)
         for position, hindrance in zip(again, retried, strict=True):
             hindrances[position] = hindrance
     return hindrances
 
 
-async def _look_up(connection: Connection, runs: Sequence[Snapshot]) -> list[asyncpg.Record]:
+def _keys(runs: Sequence[Snapshot]) -> tuple[list[str], list[str], list[str | None]]:
+    return (
+        [run.environment_id for run in runs],
+        [run.task for run in runs],
+        [run.idempotency_key for run in runs],
+    )
+
+
+async def _look_up(connection: Connection, runs: Sequence[Snapshot], now: datetime) -> list[asyncpg.Record]:
     columns = zip(
         *(
             (
@@ -126,7 +149,7 @@ async def _look_up(connection: Connection, runs: Sequence[Snapshot]) -> list[asy
         ),
         strict=True,
     )
-    records: list[asyncpg.Record] = await connection.fetch(statement("look_up_runs"), *columns)
+    records: list[asyncpg.Record] = await connection.fetch(statement("look_up_runs"), *columns, now)
     return records
 
 
@@ -134,7 +157,10 @@ def _own(run: Snapshot, record: asyncpg.Record) -> Answer | RequestError | None:
     """The answer if the id itself is known."""
     if record["own_environment_id"] is None:
         return None
-    if (record["own_environment_id"], record["own_organization_id"]) != (run.environment_id, run.organization_id):
+    if (record["own_environment_id"], record["own_organization_id"]) != (
+        run.environment_id,
+        run.organization_id,
+    ):
         return RunIdConflict()
     return Answer(run.id, run.span_id, record["own_delay_until"], record["own_is_buffered"])
 

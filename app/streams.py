@@ -60,7 +60,8 @@ class RequestStream:
                 if entries:
                     return why, _batches(entries)
         except (RedisError, OSError) as error:
-            raise Unreachable(f"Redis: {error}") from error
+            if not _is_missing(error):
+                raise Unreachable(f"Redis: {error}") from error
         return "", []
 
     async def leave(self) -> None:
@@ -116,6 +117,11 @@ class RequestStream:
             for entry_id, fields in claimed
             if fields is not None
         ]
+
+
+def _is_missing(error: Exception) -> bool:
+    """Whether an error only says that the stream or its group is not there (yet): nothing is pending then."""
+    return isinstance(error, ResponseError) and ("NOGROUP" in str(error) or "no such key" in str(error))
 
 
 def _batches(entries: Sequence[Entry]) -> list[list[Entry]]:

@@ -71,6 +71,12 @@ class Telemetry:
             buckets=_SIZES,
             registry=registry,
         )
+        self._claims = Counter(
+            "mollifier_claims",
+            "Claims of idempotency keys, by what became of them.",
+            ["state"],
+            registry=registry,
+        )
         self._dead_letters = Counter(
             "mollifier_dead_letters", "Requests and entries set aside.", ["reason"], registry=registry
         )
@@ -139,6 +145,16 @@ class Telemetry:
     def unreachable(self, what: str, error: Exception) -> None:
         self._unreachable.labels(what).inc()
         self._say("unreachable", what=what, error=str(error))
+
+    def claimed(self, states: Mapping[str, int]) -> None:
+        """Count claims by what became of them."""
+        for state, count in states.items():
+            self._claims.labels(state).inc(count)
+
+    def claims_lost(self, count: int) -> None:
+        """Count claims that had run out, or were another's, when they were to be ended."""
+        if count:
+            self._claims.labels("lost").inc(count)
 
     def responded(self, items: Sequence[Item]) -> None:
         """Count finished requests, and how long their producers waited."""

@@ -7,6 +7,7 @@ import asyncpg
 from redis.asyncio import Redis
 
 from app.buffer import RedisBuffer
+from app.claims import RedisClaims
 from app.drain import Drain
 from app.gate import RedisGate
 from app.health import Health
@@ -80,6 +81,7 @@ class World:
             gate=RedisGate(self.scripts, self.keys, self.settings),
             buffer=self.buffer,
             reservations=self.buffer,
+            claims=RedisClaims(self.scripts, self.keys, self.settings),
             store=self.store,
             desk=RedisDesk(self.scripts, self.keys, self.keys.triggers),
             health=StoreHealth(self.settings, time.monotonic),

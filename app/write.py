@@ -65,7 +65,7 @@ class Write:
             return
         runs = [replace(run, buffered_at=batch.now) for run in _runs(items)]
         try:
-            _settle(items, await self._buffer.accept(runs))
+            _settle(items, await self._buffer.accept(runs, [item.claim for item in items]))
         except BufferUnavailable as error:
             for item in items:
                 item.outcome = error

@@ -10,6 +10,7 @@ from app.run_ids import derive, span_id, trace_id
 from schemas.snapshot import Snapshot
 
 START_MS = 1_800_000_000_000
+NOW = datetime.fromtimestamp(START_MS / 1000, UTC)
 
 _sequence = count()
 

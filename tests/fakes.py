@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from sys import maxsize
 
-from app.batch import Answer, Item
-from app.errors import MollifierError, QueueLimitExceeded, RequestError, RunIdConflict
-from app.ports import Admission
+from app.batch import Answer, Claim, Item
+from app.errors import InvalidRequest, MollifierError, QueueLimitExceeded, RequestError, RunIdConflict
+from app.ports import Admission, KeyHolder, Settlement
 from schemas.snapshot import Snapshot
+
+
+Key = tuple[str, str, str | None]
 
 
 class FakeGate:
@@ -35,11 +38,17 @@ class FakeBuffer:
         self.limit = limit
         self.runs: dict[tuple[str, str], Snapshot] = {}
         self.chosen: dict[str, str] = {}
+        self.published: dict[Key, str] = {}
         self.failure: MollifierError | None = None
 
-    async def accept(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError]:
+    async def accept(
+        self, runs: Sequence[Snapshot], claims: Sequence[Claim | None]
+    ) -> Sequence[Answer | RequestError]:
         if self.failure:
             raise self.failure
+        for run, claim in zip(runs, claims, strict=True):
+            if claim is not None:
+                self.published[_key(run)] = run.id
         return [self._accept(run) for run in runs]
 
     def _accept(self, run: Snapshot) -> Answer | RequestError:
@@ -67,10 +76,51 @@ class FakeBuffer:
         taken = is_reserved and self.chosen[run.id] != run.environment_id
         return RunIdConflict() if taken else None
 
+    async def retire(self, runs: Sequence[Snapshot]) -> None:
+        await self.release(runs)
+
     async def release(self, runs: Sequence[Snapshot]) -> None:
         for run in runs:
             if self.chosen.get(run.id) == run.environment_id:
                 del self.chosen[run.id]
+
+
+class FakeClaims:
+    """Claims by key, without time; the buffer publishes into the same values."""
+
+    def __init__(self, buffer: FakeBuffer) -> None:
+        self.values = buffer.published
+        self._runs = buffer.runs
+        self.failure: MollifierError | None = None
+
+    async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
+        if self.failure:
+            raise self.failure
+        return [self._claim(run) for run in runs]
+
+    def _claim(self, run: Snapshot) -> Claim:
+        own = f"pending:{run.id}:token"
+        value = self.values.setdefault(_key(run), own)
+        if value == own:
+            return Claim("claimed", expected=own)
+        if value.startswith("pending:"):
+            return Claim("pending")
+        return Claim("taken", expected=value, winner=self._runs.get((run.environment_id, value)))
+
+    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
+        lost = 0
+        for run, expected, winner_id in settlements:
+            if self.values.get(_key(run)) != expected:
+                lost += 1
+            elif winner_id:
+                self.values[_key(run)] = winner_id
+            else:
+                del self.values[_key(run)]
+        return lost
+
+
+def _key(run: Snapshot) -> Key:
+    return run.environment_id, run.task, run.idempotency_key
 
 
 class FakeStore:
@@ -78,19 +128,31 @@ class FakeStore:
 
     def __init__(self) -> None:
         self.rows: dict[str, Snapshot] = {}
+        self.refuses: set[bytes | None] = set()
         self.failure: MollifierError | None = None
 
     async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
         if self.failure:
             raise self.failure
         for run in runs:
-            self.rows.setdefault(run.id, run)
-        return [self._answer(run) for run in runs]
+            if run.metadata not in self.refuses:
+                self.rows.setdefault(run.id, run)
+        return [self._answer(run) if run.id in self.rows else InvalidRequest() for run in runs]
 
     async def recall(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
         if self.failure:
             raise self.failure
         return [self._answer(run) if run.id in self.rows else None for run in runs]
+
+    async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
+        if self.failure:
+            raise self.failure
+        rows = {_key(row): row for row in self.rows.values() if row.idempotency_key is not None}
+        holders = [rows.get(_key(run)) for run in runs]
+        return [
+            None if row is None else KeyHolder(row.id, row.organization_id, row.span_id, row.delay_until)
+            for row in holders
+        ]
 
     def _answer(self, run: Snapshot) -> Answer | RequestError:
         row = self.rows[run.id]

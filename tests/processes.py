@@ -11,15 +11,17 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.waiting import eventually
+from tests.producer import Producer, producing
+from tests.waiting import eventually, runs_of
 
 ROOT = Path(__file__).parent.parent
 HTTP_TIMEOUT_S = 4.0
@@ -40,7 +42,9 @@ class Worker:
         self.log_file = folder / f"{line}-{self.port}.log"
         command = procfile()[line]
         environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(("MOLLIFIER_", "PYTEST_"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("MOLLIFIER_", "PYTEST_"))
         }
         environment |= {
             "REDIS_URL": redis_url,
@@ -103,16 +107,19 @@ class Worker:
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
-    async def terminate(self, within_s: float = 35) -> int:
-        """SIGTERM, and the exit status; AssertionError when the process does not end."""
+    def terminate(self) -> None:
+        """SIGTERM: ask the process to leave."""
         self.process.terminate()
 
-        def ended() -> int:
+    async def ended(self, within_s: float = 35) -> int:
+        """The exit status, once the process has ended."""
+
+        async def status() -> int:
             status = self.process.poll()
-            assert status is not None, f"{self.line} still runs {within_s} s after SIGTERM"
+            assert status is not None, f"{self.line} still runs after {within_s} s"
             return status
 
-        return await eventually(ended, within_s)
+        return await eventually(status, within_s)
 
     def text(self) -> str:
         """Everything that was logged."""
@@ -182,15 +189,62 @@ class Workers:
     def report(self) -> str:
         """The end of every process' log."""
         return "\n".join(
-            f"--- {worker.line}, pid {worker.pid}, exit status {worker.process.poll()}\n{worker.text()[-LOG_TAIL:]}"
-            for worker in self.started
+            f"--- {one.line}, pid {one.pid}, exit status {one.process.poll()}\n{one.text()[-LOG_TAIL:]}"
+            for one in self.started
         )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pair of servers, processes on them, and one producer that talks to those."""
+
+    redis_url: str
+    database_url: str
+    producer: Producer
+    triggers: list[Worker]
+    drainers: list[Worker]
+
+    @property
+    def all(self) -> list[Worker]:
+        return [*self.triggers, *self.drainers]
+
+    async def rows(self, *environments: str, count: int, within_s: float = 10) -> list[dict[str, Any]]:
+        """The rows of some environments, without those of `Producer.trip`, once there are `count` of them."""
+
+        async def all_there() -> list[dict[str, Any]]:
+            rows = [row for row in await runs_of(self.database_url, *environments) if row["task"] != "trip"]
+            assert len(rows) == count, f"{len(rows)} rows of {environments}, not {count}"
+            return rows
+
+        return await eventually(all_there, within_s, every_s=0.05)
+
+    async def row(self, environment: str) -> dict[str, Any]:
+        """The one row of an environment, without those of `Producer.trip`, once it is there."""
+        return (await self.rows(environment, count=1))[0]
+
+
+@asynccontextmanager
+async def staged(
+    workers: Workers, lines: str, redis_url: str, database_url: str, **settings: object
+) -> AsyncIterator[Stage]:
+    """Processes that are ready, one for each line of the Procfile named in `lines`."""
+    started = await workers.start_ready(lines, redis_url, database_url, **settings)
+    by_line = {line: [one for one in started if one.line == line] for line in ("triggers", "drainer")}
+    namespace = str(settings.get("namespace", "mollifier"))
+    async with producing(redis_url, namespace) as producer:
+        yield Stage(redis_url, database_url, producer, by_line["triggers"], by_line["drainer"])
+
+
+TRIPS_AT_TWO: Mapping[str, object] = {"trip_window_ms": 10_000, "trip_threshold": 1, "hold_ms": 600_000}
+"""Settings with which an environment passes through until it is tripped, then is mollified for ever."""
 
 
 def procfile() -> dict[str, str]:
     """The Procfile: name -> command."""
     lines = (ROOT / "Procfile").read_text().splitlines()
-    return {name.strip(): command.strip() for name, _, command in (line.partition(":") for line in lines if line)}
+    return {
+        name.strip(): command.strip() for name, _, command in (line.partition(":") for line in lines if line)
+    }
 
 
 def _free_port() -> int:

@@ -18,11 +18,10 @@ from redis.exceptions import RedisError
 
 from tests.waiting import eventually
 
-Fields = dict[str | bytes, str | bytes]
+Fields = dict[str, str | bytes]
 Reply = dict[str, Any]
 
 TRIGGERS = "mollifier:triggers"
-DEAD_LETTERS = "mollifier:dead-letters"
 
 _numbers = count(1)
 
@@ -75,12 +74,13 @@ ENVELOPES = {"plain": plain, "faststream": faststream}
 class Producer:
     """One connection that sends, one that listens to all of this producer's reply channels."""
 
-    def __init__(self, redis_url: str, stream: str = TRIGGERS, replies: str = "mollifier:reply:") -> None:
-        self.redis: Redis = Redis.from_url(redis_url, protocol=2)
-        self.stream = stream
+    def __init__(self, redis_url: str, namespace: str = "mollifier") -> None:
+        self.redis: Any = Redis.from_url(redis_url, protocol=2)
+        self.group = namespace
+        self.stream = f"{namespace}:triggers"
         self.entry_ids: dict[str, str] = {}
         self.replies: defaultdict[str, list[Reply]] = defaultdict(list)
-        self._channels = f"{replies}{uuid4().hex}:"
+        self._channels = f"{namespace}:reply:{uuid4().hex}:"
         self._pubsub = self.redis.pubsub()
         self._arrived = asyncio.Condition()
         self._listening: asyncio.Task[None] | None = None
@@ -98,7 +98,9 @@ class Producer:
         reply: bool = True,
     ) -> str:
         """Append one request; `body` is JSON already when it is bytes. Returns its correlation id."""
-        (sent,) = await self.send_all([body], envelope=envelope, correlation_ids=[correlation_id], reply=reply)
+        (sent,) = await self.send_all(
+            [body], envelope=envelope, correlation_ids=[correlation_id], reply=reply
+        )
         return sent
 
     async def send_all(
@@ -121,7 +123,7 @@ class Producer:
         self.entry_ids.update(zip(names, (one.decode() for one in ids), strict=True))
         return names
 
-    async def append(self, fields: Mapping[str | bytes, str | bytes]) -> str:
+    async def append(self, fields: Mapping[str, str | bytes]) -> str:
         """Append an entry whose fields are up to the test; its id."""
         entry_id: bytes = await self.redis.xadd(self.stream, dict(fields))
         return entry_id.decode()
@@ -153,13 +155,22 @@ class Producer:
         """Send requests as one batch and wait for their replies, in order."""
         return await self.all_replies(await self.send_all(bodies), within)
 
+    async def trip(self, environment: str) -> list[Reply]:
+        """Have an environment mollified for the hold time, where two triggers are over the threshold.
+
+        Returns the replies to the three triggers that it takes; their task is `trip`.
+        """
+        replies = await self.ask_all([request(environment, enrolled=True, task="trip")] * 3)
+        assert [reply.get("is_mollified") for reply in replies] == [False, True, True], replies
+        return replies
+
     async def dead_letter(self, entry_id: str, within: float = 10) -> dict[str, bytes]:
         """The dead letter of an entry, once there is one."""
 
         async def found() -> dict[str, bytes]:
             letters = [
                 {name.decode(): value for name, value in fields.items()}
-                for _, fields in await self.redis.xrange(DEAD_LETTERS)
+                for _, fields in await self.redis.xrange(f"{self.group}:dead-letters")
                 if fields[b"id"] == entry_id.encode()
             ]
             assert len(letters) == 1, f"{len(letters)} dead letters for {entry_id}"
@@ -172,7 +183,7 @@ class Producer:
 
         async def is_empty() -> None:
             assert await self.redis.xlen(self.stream) == 0
-            assert (await self.redis.xpending(self.stream, self.stream.partition(":")[0]))["pending"] == 0
+            assert (await self.redis.xpending(self.stream, self.group))["pending"] == 0
 
         await eventually(is_empty, within)
 
@@ -209,9 +220,9 @@ class Producer:
 
 
 @asynccontextmanager
-async def producing(redis_url: str, **options: str) -> AsyncIterator[Producer]:
+async def producing(redis_url: str, namespace: str = "mollifier") -> AsyncIterator[Producer]:
     """A producer that listens for as long as the block runs."""
-    producer = Producer(redis_url, **options)
+    producer = Producer(redis_url, namespace)
     await producer.start()
     try:
         yield producer

@@ -16,7 +16,7 @@ from app.settings import Settings
 from app.store_health import StoreHealth
 from app.telemetry import Telemetry
 from tests.builders import START_MS, body, entry
-from tests.fakes import FakeBuffer, FakeDesk, FakeGate, FakeStore
+from tests.fakes import FakeBuffer, FakeClaims, FakeDesk, FakeGate, FakeStore
 
 NOW = datetime.fromtimestamp(START_MS / 1000, UTC) + timedelta(milliseconds=5)
 PREFIX = "mollifier:reply:"
@@ -27,6 +27,7 @@ class World:
 
     def __init__(self, **changes: Any) -> None:
         self.gate, self.buffer, self.store, self.desk = FakeGate(), FakeBuffer(), FakeStore(), FakeDesk()
+        self.claims = FakeClaims(self.buffer)
         self.settings = Settings.model_validate(changes)
         self.telemetry = Telemetry("test")
         self.now = NOW
@@ -34,6 +35,7 @@ class World:
             gate=self.gate,
             buffer=self.buffer,
             reservations=self.buffer,
+            claims=self.claims,
             store=self.store,
             desk=self.desk,
             health=StoreHealth(self.settings),
@@ -46,6 +48,13 @@ class World:
         """Handle one batch; the replies to it, in order."""
         before = len(self.desk.replies)
         await self.pipeline.handle(entries)
+        return [orjson.loads(reply) for _, reply in self.desk.replies[before:]]
+
+    async def tick(self) -> list[dict[str, Any]]:
+        """Let the waiting room look at its claims once; the replies that came of it."""
+        before = len(self.desk.replies)
+        await self.pipeline.waiting_room.tick()
+        await self.pipeline.waiting_room.settled()
         return [orjson.loads(reply) for _, reply in self.desk.replies[before:]]
 
     def count(self, metric: str, **labels: str) -> float:

@@ -1,15 +1,16 @@
 """One suite for every implementation of a port: the fakes keep the promises that the real ones keep."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import pytest
 
 from app.batch import Answer
 from app.buffer import RedisBuffer
-from app.errors import QueueLimitExceeded, RunIdConflict
+from app.errors import QueueLimitExceeded, RequestError, RunIdConflict
 from app.ports import Buffer, Store
 from app.store import PostgresStore
+from schemas.snapshot import Snapshot
 from tests.builders import run
 from tests.fakes import FakeBuffer, FakeStore
 
@@ -33,10 +34,14 @@ def any_store(request: pytest.FixtureRequest) -> Store:
     return store
 
 
+async def accept(buffer: Buffer, *runs: Snapshot) -> Sequence[Answer | RequestError]:
+    return await buffer.accept(runs, [None] * len(runs))
+
+
 async def test_an_accepted_run_is_found_in_its_environment_only(buffers: Callable[[int], Buffer]) -> None:
     buffer = buffers(0)
     mine, other = run("env_1"), run("env_2")
-    assert await buffer.accept([mine, other]) == [
+    assert await accept(buffer, mine, other) == [
         Answer(mine.id, mine.span_id, None, is_mollified=True),
         Answer(other.id, other.span_id, None, is_mollified=True),
     ]
@@ -56,13 +61,13 @@ async def test_an_accepted_run_is_found_in_its_environment_only(buffers: Callabl
 async def test_accepting_twice_changes_nothing(buffers: Callable[[int], Buffer]) -> None:
     buffer = buffers(1)
     first = run(payload=b'"first"')
-    answers = await buffer.accept([first])
-    assert await buffer.accept([run(id=first.id, payload=b'"second"')]) == answers
+    answers = await accept(buffer, first)
+    assert await accept(buffer, run(id=first.id, payload=b'"second"')) == answers
 
 
 async def test_a_full_environment_refuses_and_others_do_not(buffers: Callable[[int], Buffer]) -> None:
     buffer = buffers(2)
-    outcomes = await buffer.accept([run(), run("env_2"), run(), run()])
+    outcomes = await accept(buffer, run(), run("env_2"), run(), run())
     assert [type(outcome) for outcome in outcomes] == [Answer, Answer, Answer, QueueLimitExceeded]
 
 
@@ -79,7 +84,7 @@ async def test_a_reserved_id_is_anothers_until_it_is_released(buffers: Callable[
 
 async def test_nothing_is_nothing(buffers: Callable[[int], AnyBuffer]) -> None:
     buffer = buffers(0)
-    assert list(await buffer.accept([])) == []
+    assert list(await accept(buffer)) == []
     await buffer.release([])
 
 

@@ -169,11 +169,11 @@ async def test_materialising_is_repeatable_and_lost_keys_become_aliases(
     winner, loser, other = run(idempotency_key="k"), run(idempotency_key="k"), run()
     await store.insert([winner], NOW)
     rows = [Row(loser, "QUEUED"), Row(other, "QUEUED")]
-    assert await store.materialise(rows) == [
+    assert await store.materialise(rows, NOW) == [
         Materialised("alias", winner_id=winner.id),
         Materialised("inserted"),
     ]
-    assert await store.materialise(rows) == [Materialised("present"), Materialised("present")]
+    assert await store.materialise(rows, NOW) == [Materialised("present"), Materialised("present")]
     aliases = await pool.fetch("SELECT id, run_id, environment_id FROM mollifier.run_aliases")
     assert [tuple(alias) for alias in aliases] == [(loser.id, winner.id, "env_1")]
     assert await store.recall([loser]) == [Answer(loser.id, loser.span_id, None, is_mollified=True)]

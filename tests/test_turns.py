@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 from redis.asyncio import Redis
 
-from app.buffer import RedisBuffer, decode_snapshot
+from app.buffer import RedisBuffer
 from app.heartbeat import Heartbeat
 from app.keys import Keys
 from app.ports import Taken
 from app.redis_client import Scripts
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
-from schemas.snapshot import Snapshot
+from schemas.snapshot import Snapshot, decode_snapshot
 from tests.builders import run
 
 KEYS = Keys("mollifier", 16)
@@ -26,7 +26,7 @@ async def accept(
     make_buffer: Callable[..., RedisBuffer], count: int, environment: str = "env_1"
 ) -> list[Snapshot]:
     runs = [run(environment) for _ in range(count)]
-    await make_buffer().accept(runs)
+    await make_buffer().accept(runs, [None] * count)
     return runs
 
 
@@ -148,7 +148,7 @@ async def test_the_limit_counts_what_is_queued_not_what_is_remembered(
     make_buffer: Callable[..., RedisBuffer], make_turns: Callable[..., RedisTurns]
 ) -> None:
     buffer, turns = make_buffer(max_buffered_per_env=2), make_turns(ack_grace_ttl_s=60)
-    await buffer.accept([run(), run()])
+    await buffer.accept([run(), run()], [None] * 2)
     await turns.settle(await turns.take(9))
-    outcomes = await buffer.accept([run(), run(), run()])
+    outcomes = await buffer.accept([run(), run(), run()], [None] * 3)
     assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "Answer", "QueueLimitExceeded"]

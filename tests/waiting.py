@@ -1,10 +1,9 @@
 """Looking until it is so: polling an assertion, and the rows that assertions are about."""
 
 import asyncio
-import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import asyncpg
 from redis.exceptions import RedisError
@@ -16,7 +15,7 @@ NOT_YET = (AssertionError, OSError, RedisError, asyncpg.PostgresError, asyncpg.I
 
 
 async def eventually(
-    assertion: Callable[[], Result | Awaitable[Result]], within_s: float = 10, every_s: float = 0.02
+    assertion: Callable[[], Awaitable[Result]], within_s: float = 10, every_s: float = 0.02
 ) -> Result:
     """Call `assertion` until it raises none of `NOT_YET`, and return what it returned.
 
@@ -26,11 +25,18 @@ async def eventually(
     deadline = time.monotonic() + within_s
     while True:
         try:
-            result = assertion()
-            return cast("Result", await result if inspect.isawaitable(result) else result)
+            return await assertion()
         except NOT_YET:
             if time.monotonic() > deadline:
                 raise
+        await asyncio.sleep(every_s)
+
+
+async def stays_so(assertion: Callable[[], Awaitable[object]], for_s: float, every_s: float = 0.05) -> None:
+    """Call `assertion` again and again for a time in which something must not happen."""
+    deadline = time.monotonic() + for_s
+    while time.monotonic() < deadline:
+        await assertion()
         await asyncio.sleep(every_s)
 
 
@@ -47,16 +53,3 @@ async def runs_of(database_url: str, *environments: str) -> list[dict[str, Any]]
     """The rows of some environments, by id."""
     query = "SELECT * FROM mollifier.runs WHERE environment_id = ANY ($1::text[]) ORDER BY id"
     return [dict(record) for record in await fetch(database_url, query, list(environments))]
-
-
-async def eventually_runs(
-    database_url: str, *environments: str, count: int, within_s: float = 10
-) -> list[dict[str, Any]]:
-    """The rows of some environments, once there are `count` of them."""
-
-    async def all_there() -> list[dict[str, Any]]:
-        rows = await runs_of(database_url, *environments)
-        assert len(rows) == count, f"{len(rows)} rows of {environments}, not {count}"
-        return rows
-
-    return await eventually(all_there, within_s, every_s=0.05)

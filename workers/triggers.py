@@ -28,7 +28,9 @@ class Triggers(Process):
         super().__init__(world)
         settings = world.settings
         self._stream = world.trigger_stream()
-        self._intake = Intake(world.pipeline().handle, settings.trigger_inflight_batches, world.telemetry)
+        pipeline = world.pipeline()
+        self._waiting_room = pipeline.waiting_room
+        self._intake = Intake(pipeline.handle, settings.trigger_inflight_batches, world.telemetry)
         self._broker = RedisBroker(
             settings.redis_url,
             retry=PatientRetry(lambda: world.health.progress("read"), self._read_failed),
@@ -55,7 +57,7 @@ class Triggers(Process):
         return self._broker
 
     def loops(self) -> Sequence[Loop]:
-        return (self._supervise, self._recover)
+        return (self._supervise, self._recover, self._wait_for_keys)
 
     async def _receive(self, entries: list[Entry]) -> None:
         await self._intake.receive(entries)
@@ -80,7 +82,7 @@ class Triggers(Process):
         while not self.stopping.is_set():
             found = 0
             try:
-                why, batches = await self._stream.recover(self._intake.held, most)
+                why, batches = await self._stream.recover(self._intake.held | self._waiting_room.held, most)
                 found = sum(len(batch) for batch in batches)
                 if found:
                     self.world.telemetry.recovered(why, found)
@@ -91,6 +93,9 @@ class Triggers(Process):
             self.world.health.progress("recover", within_s=60)
             if found < most:
                 await self.pause(_RECOVER_EVERY_S)
+
+    async def _wait_for_keys(self) -> None:
+        await self._waiting_room.run(self.stopping)
 
     async def finish(self) -> None:
         # A read that is cut off leaves what it was given pending, so it is let run out instead.

@@ -1,19 +1,22 @@
--- Accept runs into the buffer of one partition: append, index, and register the environment as ready.
--- A run id that the buffer knows, queued or materialised a moment ago, is left as it is.
+-- Accept runs into the buffer of one partition: append, index, publish the claim of the idempotency key, and
+-- register the environment as ready. A run id that the buffer knows, queued or materialised a moment ago, is
+-- left as it is; a run whose key has a winner is answered with that winner.
 --
--- KEYS   1 ready; then per environment: entries, index, drain
--- ARGV   1 most entries an environment may have queued, 0: no limit    2 the wake channel
---        then per environment: its id, its organization's id, n, and n times: run id, snapshot
--- return per run, in order: 1 accepted, 0 known already, -1 full, or the text of the server's refusal
+-- KEYS   1 ready; then per environment: entries, index, drain; then per run with a key, in order: its claim
+-- ARGV   1 most entries an environment may have queued, 0: no limit    2 the wake channel    3 environments
+--        then per environment: its id, its organization's id, n, and n times: run id, snapshot, the value its
+--        claim must have ('' when it has none), the life of the published claim in ms (0: no key)
+-- return per run, in order: 1 accepted, 0 known already, -1 full, -2 the claim is another's by now,
+--        {winner's run id, its snapshot if buffered, else ''}, or the text of the server's refusal
 --
 -- Safe to run twice: the second run finds every run known.
 
-local limit, wake = tonumber(ARGV[1]), ARGV[2]
+local limit, wake, environments = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local answer, argument, woken = {}, 3, false
+local answer, argument, claim_key, woken = {}, 4, 1 + 3 * environments, false
 
-for environment = 1, (#KEYS - 1) / 3 do
+for environment = 1, environments do
   local entries, index, drain = KEYS[3 * environment - 1], KEYS[3 * environment], KEYS[3 * environment + 1]
   local id, organization, runs = ARGV[argument], ARGV[argument + 1], tonumber(ARGV[argument + 2])
   argument = argument + 3
@@ -21,10 +24,25 @@ for environment = 1, (#KEYS - 1) / 3 do
   local accepted = 0
 
   for _ = 1, runs do
-    local run_id, snapshot = ARGV[argument], ARGV[argument + 1]
-    argument = argument + 2
+    local run_id, snapshot, expected, life =
+      ARGV[argument], ARGV[argument + 1], ARGV[argument + 2], tonumber(ARGV[argument + 3])
+    argument = argument + 4
+    local claim, value
+    if life > 0 then
+      claim_key = claim_key + 1
+      claim = KEYS[claim_key]
+      value = redis.call('GET', claim)
+    end
+    local is_pending = value and string.sub(value, 1, 8) == 'pending:'
+
     if redis.call('HEXISTS', index, run_id) == 1 then
       answer[#answer + 1] = 0
+    elseif value and not is_pending and value ~= run_id then
+      local entry = redis.call('HGET', index, value)
+      local winner = entry and redis.call('XRANGE', entries, entry, entry)[1]
+      answer[#answer + 1] = { value, winner and winner[2][4] or '' }
+    elseif is_pending and expected ~= '' and value ~= expected then
+      answer[#answer + 1] = -2
     elseif limit > 0 and queued + accepted >= limit then
       answer[#answer + 1] = -1
     else
@@ -33,6 +51,9 @@ for environment = 1, (#KEYS - 1) / 3 do
         answer[#answer + 1] = entry.err
       else
         redis.call('HSET', index, run_id, entry)
+        if claim and (not is_pending or value == expected) then
+          redis.call('SET', claim, run_id, 'PX', life)
+        end
         accepted = accepted + 1
         answer[#answer + 1] = 1
       end

@@ -1,0 +1,35 @@
+"""The `mollifier` command: one module for each of its commands, which import what is heavy when they run."""
+
+import sys
+
+import typer
+
+from app.cli.config import config
+from app.cli.demo import demo
+from app.cli.dev import dev
+from app.cli.migrate import migrate
+from app.cli.trigger import trigger
+
+app = typer.Typer(
+    help="The front door of a task queue: it takes bursts of triggers and keeps the database calm.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, dev, trigger, migrate, config):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; whatever goes wrong is said in a sentence, with exit status 1."""
+    try:
+        app()
+    except Exception as error:
+        from app.cli.complaints import sentence
+
+        complaint = sentence(error)
+        if complaint is None:
+            raise
+        print(f"mollifier: {complaint}", file=sys.stderr)
+        sys.exit(1)

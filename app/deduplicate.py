@@ -1,0 +1,128 @@
+"""Step 4: one run per idempotency key (G4). Claim the keys of a batch, look the won ones up in Postgres.
+
+Requests with one key follow the first of them. A request whose key another worker holds leaves the
+batch for the waiting room, and comes back to this step when the key is free or taken.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from app.batch import Answer, Batch, Item
+from app.decide import may_be_mollified
+from app.errors import RequestError, RunIdConflict, StoreUnavailable, Unreachable
+from app.ports import Claims, KeyHolder, Settlement, Store
+from app.settings import Settings
+from app.telemetry import Telemetry
+from schemas.snapshot import Snapshot
+
+
+class Deduplicate:
+    """Gives each keyed item its claim, a leader to follow, a cached answer, or a place to wait."""
+
+    def __init__(
+        self,
+        claims: Claims,
+        store: Store,
+        wait: Callable[[Sequence[Item]], None],
+        settings: Settings,
+        telemetry: Telemetry,
+    ) -> None:
+        self._claims = claims
+        self._store = store
+        self._wait = wait
+        self._settings = settings
+        self._telemetry = telemetry
+
+    async def __call__(self, batch: Batch) -> None:
+        leaders = self._leaders(batch)
+        try:
+            await self._claim([leader for leader in leaders if leader.claim is None], batch)
+            await self._look_up([leader for leader in leaders if leader.open and leader.claim], batch)
+        except Unreachable as error:
+            # Without claims Postgres' unique index is the arbiter.
+            self._telemetry.unreachable("claims", error)
+
+    def _leaders(self, batch: Batch) -> list[Item]:
+        """The first item of each key; the others follow theirs, and are open no more."""
+        leaders: dict[tuple[str, str, str, str], Item] = {}
+        for item in batch.open():
+            run = item.run
+            if run is None or run.idempotency_key is None or not may_be_mollified(item, self._settings):
+                continue
+            key = (run.organization_id, run.environment_id, run.task, run.idempotency_key)
+            leader = leaders.setdefault(key, item)
+            if leader is not item:
+                item.follows = True
+                leader.followers.append(item)
+        return list(leaders.values())
+
+    async def _claim(self, leaders: Sequence[Item], batch: Batch) -> None:
+        claims = await self._claims.claim(_runs(leaders), batch.now) if leaders else ()
+        for leader, claim in zip(leaders, claims, strict=True):
+            leader.claim = claim
+            if claim.state == "pending":
+                self._wait_with_followers(leader)
+            elif claim.winner is not None:
+                leader.outcome = _buffered(leader, claim.winner)
+        self._telemetry.claimed(Counter(claim.state for claim in claims))
+
+    async def _look_up(self, leaders: Sequence[Item], batch: Batch) -> None:
+        """Answer those whose key a live row has. A claim that names a run which is nowhere is let go."""
+        if not leaders:
+            return
+        stale = []
+        try:
+            holders = await self._store.look_up_keys(_runs(leaders), batch.now)
+        except StoreUnavailable as error:
+            self._telemetry.recall_failed(error)
+            for leader in leaders:
+                if leader.claim is not None and leader.claim.state == "taken":
+                    leader.outcome = Answer(leader.claim.expected or "", None, None, False, is_cached=True)
+            return
+        for leader, holder in zip(leaders, holders, strict=True):
+            if holder is not None:
+                leader.outcome = _stored(leader, holder)
+            elif leader.claim is not None and leader.claim.state == "taken":
+                stale.append(leader)
+        if stale:
+            await self._claims.settle(
+                [
+                    Settlement(leader.run, leader.claim.expected or "", "")
+                    for leader in stale
+                    if leader.run is not None and leader.claim is not None
+                ],
+                batch.now,
+            )
+            for leader in stale:
+                self._wait_with_followers(leader)
+
+    def _wait_with_followers(self, leader: Item) -> None:
+        leader.claim = None
+        self._wait([leader, *leader.followers])
+        leader.followers = []
+
+
+def _runs(items: Sequence[Item]) -> list[Snapshot]:
+    return [item.run for item in items if item.run is not None]
+
+
+def _buffered(item: Item, winner: Snapshot) -> Answer | RequestError:
+    assert item.run is not None
+    if winner.organization_id != item.run.organization_id:
+        return RunIdConflict("options.idempotency_key: this key cannot be used")
+    return Answer(
+        winner.id, winner.span_id, winner.delay_until, is_mollified=True, is_cached=winner.id != item.run.id
+    )
+
+
+def _stored(item: Item, holder: KeyHolder) -> Answer | RequestError:
+    assert item.run is not None
+    if holder.organization_id != item.run.organization_id:
+        return RunIdConflict("options.idempotency_key: this key cannot be used")
+    return Answer(
+        holder.run_id,
+        holder.span_id,
+        holder.delay_until,
+        is_mollified=False,
+        is_cached=holder.run_id != item.run.id,
+    )

@@ -1,0 +1,361 @@
+"""What the documentation says and what the code does, held together: a test fails when either side moves."""
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec.inspect as inspection
+import pytest
+from prometheus_client.metrics import MetricWrapperBase
+
+import app.keys
+from app import errors
+from app.errors import RequestError
+from app.rows import COLUMNS, FROM_SNAPSHOT, JSON_FROM_SNAPSHOT
+from app.settings import Settings
+from app.telemetry import Telemetry
+from schemas.replies import MOLLIFIED
+from schemas.requests import TriggerRequest
+from schemas.snapshot import Snapshot
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+MODULES = sorted(path for folder in ("app", "workers", "schemas") for path in (ROOT / folder).rglob("*.py"))
+SQL = sorted((ROOT / "app/sql").rglob("*.sql"))
+LUA = sorted((ROOT / "app/lua").glob("*.lua"))
+MIGRATIONS = "".join(path.read_text() for path in sorted((ROOT / "app/sql/migrations").glob("*.sql")))
+
+LEVELS = {"event": "info", "trouble": "warning", "_say": "warning", "warning": "warning", "failed": "error"}
+"""The methods that log an event whose name is their first argument."""
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def table(page: str, *header: str) -> dict[str, tuple[str, ...]]:
+    """The rows of all tables of a page that have this header, by their first cell without its backticks."""
+    rows: dict[str, tuple[str, ...]] = {}
+    inside = False
+    for line in (DOCS / page).read_text().splitlines():
+        cells = tuple(cell.strip() for cell in line.strip("|").split("|")) if line.startswith("|") else ()
+        if cells[: len(header)] == header:
+            inside = True
+        elif not cells:
+            inside = False
+        elif inside and not set(line) <= set("|-"):
+            assert cells[0] not in rows, f"{page} has {cells[0]} twice"
+            rows[cells[0].strip("`")] = cells[1:]
+    assert rows, f"{page} has no table with the header {header}"
+    return rows
+
+
+def section(page: str, title: str) -> str:
+    """The text below a heading of a page, up to the next one."""
+    return (DOCS / page).read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_every_setting_is_documented_with_its_default_and_meaning() -> None:
+    documented = table("settings.md", "variable", "default", "meaning")
+    assert documented == {
+        Settings.variable(field): (_default(info.default), info.description)
+        for field, info in Settings.model_fields.items()
+    }
+
+
+def _default(value: Any) -> str:
+    return "" if value == "" else f"`{int(value) if isinstance(value, bool) else value}`"
+
+
+def test_settings_that_nothing_reads_are_listed_as_such() -> None:
+    read = {
+        node.attr
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and (path.name != "settings.py" or ast.unparse(node.value) == "self")
+    }
+    unread = {Settings.variable(field) for field in Settings.model_fields if field not in read}
+    listed = re.findall(r"^- `(\w+)`$", section("settings.md", "Not used yet"), re.MULTILINE)
+    assert set(listed) == unread
+
+
+def test_every_error_code_is_documented_with_its_status() -> None:
+    documented = {
+        code: (status, retryable)
+        for code, (status, retryable, _) in table("wire.md", "code", "status", "retryable").items()
+    }
+    assert documented == {
+        error.code: (str(error.status), "yes" if error.retryable else "no") for error in _codes().values()
+    }
+
+
+def test_errors_that_nothing_raises_are_marked_as_such() -> None:
+    used = {
+        node.id
+        for path in MODULES
+        if name(path) != "app/errors.py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Name)
+    }
+    documented = table("wire.md", "code", "status", "retryable")
+    marked = {code for code, (*_, when) in documented.items() if when.startswith("*not sent yet:*")}
+    assert marked == {error.code for class_name, error in _codes().items() if class_name not in used}
+
+
+def _codes() -> Mapping[str, type[RequestError]]:
+    """The classes that have a wire code of their own, by name."""
+    return {
+        class_name: value
+        for class_name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, RequestError) and "code" in vars(value)
+    }
+
+
+def test_the_error_tree_is_drawn_as_it_is() -> None:
+    drawn = {
+        (class_name, code, status, retryable)
+        for class_name, status, code, retryable in re.findall(
+            r"── (\w+) +(\d{3}) (\w+)(?:, .*| +(retryable))?$", errors.__doc__ or "", re.MULTILINE
+        )
+        if "code" in vars(getattr(errors, class_name))
+    }
+    assert drawn == {
+        (class_name, error.code, str(error.status), "retryable" if error.retryable else "")
+        for class_name, error in _codes().items()
+    }
+
+
+def test_every_limit_of_a_request_is_documented() -> None:
+    limits: dict[str, list[str]] = {}
+    for field, limit in _limits(inspection.type_info(TriggerRequest), ""):
+        limits.setdefault(field, []).append(limit)
+    documented = {field: limit for field, (limit,) in table("wire.md", "field", "limit").items()}
+    assert documented == {field: " or ".join(of_field) for field, of_field in limits.items()}
+
+
+def _limits(kind: inspection.Type, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(kind, inspection.StructType):
+        for field in kind.fields:
+            yield from _limits(field.type, f"{path}.{field.encode_name}" if path else field.encode_name)
+    elif isinstance(kind, inspection.UnionType):
+        for one in kind.types:
+            yield from _limits(one, path)
+    elif isinstance(kind, inspection.ListType):
+        yield from _limits(kind.item_type, f"{path}[]")
+    elif isinstance(kind, inspection.StrType):
+        assert kind.max_length is not None, f"{path} may be of any length"
+        yield path, f"{kind.min_length or 0:,} to {kind.max_length:,} characters"
+    elif isinstance(kind, inspection.IntType):
+        yield path, f"{kind.ge:,} to {kind.le:,}"
+
+
+def test_every_field_of_a_request_is_in_the_example() -> None:
+    example = section("wire.md", "A trigger request")
+    assert [
+        field for field in _fields(inspection.type_info(TriggerRequest)) if f'"{field}":' not in example
+    ] == []
+
+
+def _fields(kind: inspection.Type) -> Iterator[str]:
+    if isinstance(kind, inspection.StructType):
+        for field in kind.fields:
+            yield field.encode_name
+            yield from _fields(field.type)
+    elif isinstance(kind, inspection.UnionType):
+        for one in kind.types:
+            yield from _fields(one)
+
+
+def test_every_dead_letter_reason_is_documented() -> None:
+    (literal,) = re.findall(r"reason: Literal\[(.*?)\]", (ROOT / "app/batch.py").read_text())
+    reasons = set(ast.literal_eval(f"({literal},)"))
+    (bury,) = (
+        node
+        for node in ast.walk(ast.parse((ROOT / "app/drain.py").read_text()))
+        if isinstance(node, ast.AsyncFunctionDef) and node.name == "_bury"
+    )
+    reasons |= {
+        node.value
+        for node in ast.walk(bury)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert set(table("wire.md", "reason", "what happened")) == reasons
+
+
+def test_every_key_is_documented_with_its_type() -> None:
+    spelled = re.findall(
+        r"^    (ns\S+) +(stream|string|channel|sorted|hash) ", app.keys.__doc__ or "", re.MULTILINE
+    )
+    documented = {
+        key: kind.removesuffix(" set") for key, (kind, *_) in table("design.md", "key", "type").items()
+    }
+    assert documented == dict(spelled)
+
+
+def test_every_metric_is_documented() -> None:
+    metrics = [value for value in vars(Telemetry("test")).values() if isinstance(value, MetricWrapperBase)]
+    documented = table("metrics.md", "metric", "kind", "labels", "meaning")
+    assert documented == {
+        metric._name + ("_total" if metric._type == "counter" else ""): (
+            metric._type,
+            ", ".join(f"`{label}`" for label in metric._labelnames),
+            metric._documentation,
+        )
+        for metric in metrics
+    }
+
+
+def test_every_log_event_is_documented() -> None:
+    said = {
+        (node.args[0].value, LEVELS[node.func.attr])
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in LEVELS
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    }
+    documented = table("metrics.md", "event", "level", "when")
+    assert {(event, level) for event, (level, _) in documented.items()} == said
+
+
+def test_the_procfile_starts_every_worker() -> None:
+    lines = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines())
+    workers = {
+        path.stem for path in (ROOT / "workers").glob("*.py") if '__name__ == "__main__"' in path.read_text()
+    }
+    assert lines == {worker: f"python -m workers.{worker}" for worker in workers}
+    readme = (ROOT / "README.md").read_text()
+    assert [worker for worker in workers if f"| `{worker}` |" not in readme] == []
+
+
+def test_a_snapshot_holds_the_columns_that_a_row_takes_from_it() -> None:
+    assert {*Snapshot.__struct_fields__} == {*FROM_SNAPSHOT, *JSON_FROM_SNAPSHOT, "schema_version"}
+
+
+def test_a_row_its_type_and_its_insert_have_the_same_columns() -> None:
+    (inserted,) = re.findall(
+        r"INSERT INTO mollifier\.runs \((.*?)\)", (ROOT / "app/sql/insert_runs.sql").read_text(), re.DOTALL
+    )
+    assert tuple(column.strip() for column in inserted.split(",")) == COLUMNS
+    assert tuple(_columns("CREATE TYPE mollifier.new_run AS")) == COLUMNS
+
+
+def test_the_type_of_a_new_row_has_the_types_of_the_table() -> None:
+    of_table = _columns("CREATE TABLE mollifier.runs")
+    of_type = _columns("CREATE TYPE mollifier.new_run AS")
+    assert of_type == {column: of_table[column] for column in of_type}
+
+
+def test_every_column_is_documented_with_its_type() -> None:
+    documented = {column: kind for column, (kind, _) in table("design.md", "column", "type").items()}
+    assert documented == _columns("CREATE TABLE mollifier.runs")
+
+
+def test_every_table_is_documented() -> None:
+    created = set(re.findall(r"CREATE TABLE (mollifier\.\w+)", MIGRATIONS))
+    assert {*table("design.md", "table", "holds"), "mollifier.runs"} == {*created, "mollifier.migrations"}
+
+
+def _columns(statement: str) -> dict[str, str]:
+    (body,) = re.findall(re.escape(statement) + r" \((.*?)\n\);", MIGRATIONS, re.DOTALL)
+    return dict(re.findall(r"^    (\w+) ([a-z]+(?:\[\])?)", body, re.MULTILINE))
+
+
+def test_the_layout_names_every_module() -> None:
+    layout = section("design.md", "Layout")
+    files: set[str] = set()
+    folder = ""
+    for entry in re.findall(r"^( {0,2}[\w./*]+) ", layout, re.MULTILINE):
+        if entry.startswith("  "):
+            files.add(folder + entry.strip())
+        else:
+            folder = entry
+    modules = {name(path) for path in MODULES if path.name != "__init__.py" and "cli" not in path.parts}
+    assert {file for file in files if file.endswith(".py")} == modules
+
+
+@pytest.mark.parametrize("path", SQL, ids=name)
+def test_a_statement_opens_with_its_purpose(path: Path) -> None:
+    assert re.match(r"-- [A-Z].{10,}", path.read_text())
+
+
+@pytest.mark.parametrize("path", LUA, ids=name)
+def test_a_script_opens_with_its_contract(path: Path) -> None:
+    opening = path.read_text().partition("\n\n")[0].removeprefix("#!lua flags=allow-oom\n")
+    assert all(line.startswith("--") for line in opening.splitlines()), "the contract comes first"
+    starts = [
+        line[3:9].strip() for line in opening.splitlines() if re.match(r"-- (KEYS |ARGV |return )", line)
+    ]
+    assert starts == ["KEYS", "ARGV", "return"]
+    assert re.match(r"-- [A-Z][a-z].{10,}", opening), "a sentence says what it is for"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", text)
+    assert [link for link in links if "://" not in link and not _leads_somewhere(page, link)] == []
+
+
+def test_the_notice_leads_somewhere() -> None:
+    assert _leads_somewhere(ROOT / "README.md", MOLLIFIED.docs)
+
+
+def _leads_somewhere(page: Path, link: str) -> bool:
+    path, _, anchor = link.partition("#")
+    target = page.parent / path if path else page
+    return target.exists() and (not anchor or anchor in _anchors(target))
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:app|workers|schemas|tests|docs)/[\w./-]+\.\w+)`", page.read_text())
+    assert [file for file in named if not (ROOT / file).exists()] == []
+
+
+def test_every_page_and_decision_is_in_its_index() -> None:
+    index = (DOCS / "README.md").read_text()
+    assert [
+        page.name for page in DOCS.glob("*.md") if page.name != "README.md" and page.name not in index
+    ] == []
+    decisions = sorted(path.name for path in (DOCS / "decisions").glob("0*.md"))
+    listed = re.findall(r"\]\((0\S+)\)", (DOCS / "decisions/README.md").read_text())
+    assert listed == decisions
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "decisions").glob("0*.md")), ids=name)
+def test_a_decision_has_its_number_its_date_and_its_parts(path: Path) -> None:
+    title, date, *_ = [line for line in path.read_text().splitlines() if line]
+    assert title.startswith(f"# {path.name[:4]} ")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
+    parts = re.findall(r"^## (.*)$", path.read_text(), re.MULTILINE)
+    assert parts == ["Context", "Decision", "What it costs", "What would change it"]
+
+
+def test_every_guarantee_has_its_heading_and_no_other_number_is_cited() -> None:
+    headings = re.findall(r"^## G(\d+) ", (DOCS / "guarantees.md").read_text(), re.MULTILINE)
+    cited = {number for path in MODULES for number in re.findall(r"\bG(\d{1,2})\b", path.read_text())}
+    assert cited <= {*headings}
+
+
+def test_every_guarantee_that_is_kept_names_a_test_that_cites_it() -> None:
+    parts = re.split(r"^## G(\d+) ", (DOCS / "guarantees.md").read_text(), flags=re.MULTILINE)[1:]
+    unheld = []
+    for number, text in zip(parts[::2], parts[1::2], strict=True):
+        files = [ROOT / file for file in re.findall(r"`(tests/\w+\.py)`", text)]
+        cites = re.compile(rf"(?:Test|test_|\b)[Gg]{number}(?!\d)")
+        is_held = any(file.exists() and cites.search(file.read_text()) for file in files)
+        if is_held == ("**Not kept yet" in text):
+            unheld.append(f"G{number}")
+    assert unheld == []
