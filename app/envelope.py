@@ -44,10 +44,14 @@ def open_envelope(fields: Mapping[bytes, bytes]) -> Envelope:
 
 def address(fields: Mapping[bytes, bytes]) -> tuple[str | None, str | None]:
     """`reply_to` and `correlation_id` of an entry that has no readable body, if it is plain."""
+    return _readable(fields, b"reply_to"), _readable(fields, b"correlation_id")
+
+
+def _readable(fields: Mapping[bytes, bytes], name: bytes) -> str | None:
     try:
-        return _text(fields, b"reply_to"), _text(fields, b"correlation_id")
+        return _text(fields, name)
     except Undecodable:
-        return None, None
+        return None
 
 
 def _text(fields: Mapping[bytes, bytes], name: bytes) -> str | None:

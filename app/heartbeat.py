@@ -36,7 +36,7 @@ class Heartbeat:
             Unreachable: Redis cannot be reached.
             ResponseError: Redis refuses.
         """
-        await self._scripts.run_one(Call("SET", None, [self._key, "1", "PX", self._ttl_ms]))
+        await self._scripts.run_one(Call("beat", [self._key], [self._ttl_ms]))
 
     async def run(self) -> None:
         """Renew the key for ever; a Redis that is away is tried again at the next beat."""

@@ -57,7 +57,7 @@ class Pipeline:
             ("decide", Decide(gate, health, settings, telemetry)),
             ("write", Write(buffer, store, health, settings, telemetry)),
             ("settle", Settle(claims, wait, telemetry)),
-            ("respond", Respond(reservations, desk, telemetry)),
+            ("respond", Respond(reservations, desk, settings, telemetry)),
         )
         self._telemetry = telemetry
         self._clock = clock

@@ -123,7 +123,8 @@ class Store(Protocol):
         A row that Postgres refuses is found and refused alone; it does not disturb the others.
 
         Raises:
-            StoreUnavailable: Postgres cannot be written; nothing was inserted.
+            StoreUnavailable: Postgres cannot be written. A statement that was cut off may have inserted
+                all the same; the same run id finds out.
         """
         ...
 
@@ -215,11 +216,13 @@ class Graveyard(Protocol):
 class Desk(Protocol):
     """Where requests come from and replies go to."""
 
-    async def set_aside(self, items: Sequence[Item]) -> None:
+    async def set_aside(self, items: Sequence[Item]) -> Sequence[Item]:
         """Write dead letters; the entries themselves stay until `respond`.
 
+        Returns those that could not be written: they may not be acknowledged, and come again.
+
         Raises:
-            Unreachable: it is not known whether they were written; nothing may be acknowledged.
+            Unreachable: it is not known whether any was written.
         """
         ...
 

@@ -156,6 +156,9 @@ class PatientRetry(Retry):
             except (*LOST, ResponseError) as error:
                 if "BUSYGROUP" in str(error):
                     raise
+                if str(error).startswith("OOM"):
+                    # Of what this client sends only XGROUP CREATE needs memory. Reading goes on without it.
+                    raise ResponseError(f"the group already exists, or will: {error}") from error
                 failures += 1
                 self._failed(error)
                 await (fail(error, failures) if with_failure_count else fail(error))

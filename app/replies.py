@@ -32,7 +32,7 @@ class RedisDesk:
                 arguments += (item.reply_to, reply)
         await self._run([Call("respond", [self._stream], arguments)])
 
-    async def set_aside(self, items: Sequence[Item]) -> None:
+    async def set_aside(self, items: Sequence[Item]) -> Sequence[Item]:
         """See `ports.Desk.set_aside`."""
         calls = []
         for item in items:
@@ -40,7 +40,10 @@ class RedisDesk:
             original = [part for pair in item.entry.fields.items() for part in pair]
             head = self._head(self._stream, item.entry.id, *item.dead_letter, item.entry.deliveries)
             calls.append(Call("XADD", None, [*head, *original]))
-        await self._run(calls)
+        answers = await self._scripts.run(calls)
+        return [
+            item for item, answer in zip(items, answers, strict=True) if isinstance(answer, ResponseError)
+        ]
 
     async def bury(
         self, environment_id: str, entry_id: str, snapshot: bytes, reason: str, detail: str

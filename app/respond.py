@@ -1,4 +1,4 @@
-"""Step 6: every outcome becomes a reply, or a dead letter when nobody can be told. Guarantee G1."""
+"""Step 8: every outcome becomes a reply, or a dead letter when nobody can be told. Guarantee G1."""
 
 from datetime import datetime
 
@@ -8,6 +8,7 @@ from app import run_ids
 from app.batch import Answer, Batch, DeadLetter, Item
 from app.errors import RequestError, Undecodable
 from app.ports import Desk, Reservations
+from app.settings import Settings
 from app.telemetry import Telemetry
 from schemas.replies import MOLLIFIED, ErrorDetail, ErrorReply, RunReference, RunReply
 
@@ -17,7 +18,10 @@ _encode = msgspec.json.Encoder().encode
 class Respond:
     """Sets dead letters aside, then answers and acknowledges all items that have an outcome."""
 
-    def __init__(self, reservations: Reservations, desk: Desk, telemetry: Telemetry) -> None:
+    def __init__(
+        self, reservations: Reservations, desk: Desk, settings: Settings, telemetry: Telemetry
+    ) -> None:
+        self._enabled = settings.enabled
         self._reservations = reservations
         self._desk = desk
         self._telemetry = telemetry
@@ -26,13 +30,14 @@ class Respond:
         finished = [item for item in batch.items if not item.suspended]
         dead = [item for item in finished if _is_dead(item)]
         if dead:
-            await self._desk.set_aside(dead)
+            lost = await self._desk.set_aside(dead)
+            finished = [item for item in finished if item not in lost]
         replies = [(item, encode_reply(item, batch.now)) for item in finished]
         await self._desk.respond(replies)
         self._telemetry.responded(finished)
-        await self._reservations.release(
-            [item.run for item in finished if item.run is not None and _is_settled_id(item)]
-        )
+        if self._enabled:
+            runs = [item.run for item in finished if item.run is not None and _is_settled_id(item)]
+            await self._reservations.release(runs)
 
 
 def encode_reply(item: Item, now: datetime) -> bytes | None:

@@ -129,7 +129,7 @@ class Telemetry:
                 decision.enrolled,
                 run.organization_id if decision.enrolled else "",
             )
-            for decision, run in ((item.decision, item.run) for item in items)
+            for decision, run in ((item.decision, item.run) for item in items if not item.suspended)
             if decision is not None and run is not None
         )
         for (outcome, reason, enrolled, organization), count in counts.items():

@@ -18,7 +18,7 @@ from app.durations import parse_delay, parse_duration, parse_ttl
 from app.errors import InvalidRequest, MetadataTooLarge, PayloadTooLarge, RequestError, TooManyTags
 from app.settings import Settings
 from schemas.requests import Options, TraceContext, TriggerRequest
-from schemas.snapshot import Snapshot
+from schemas.snapshot import SCHEMA_VERSION, Snapshot
 
 KEY_TTL_S = 30 * 86_400
 
@@ -68,6 +68,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
     if len(options.tags) > settings.max_tags:
         raise TooManyTags(f"options.tags: {len(options.tags)} are more than {settings.max_tags}")
     return Snapshot(
+        schema_version=SCHEMA_VERSION,
         id=run_id,
         organization_id=environment.organization_id,
         project_id=environment.project_id,

@@ -52,14 +52,17 @@ class WaitingRoom:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Look at the claims every CLAIM_POLL_MS while somebody waits."""
-        while not stopping.is_set() or self._waiting:
-            if not self._waiting:
+        while True:
+            if self._waiting:
+                await self.tick()
+                await asyncio.sleep(self._poll_s)
+            elif not stopping.is_set():
                 self._occupied.clear()
                 await _first(self._occupied, stopping)
-                continue
-            await self.tick()
-            await asyncio.sleep(self._poll_s)
-        await self.settled()
+            elif self._tasks:
+                await self.settled()
+            else:
+                return
 
     async def settled(self) -> None:
         """Wait for those who have left the room to come to their end."""
@@ -74,15 +77,18 @@ class WaitingRoom:
         except Unreachable as error:
             self._telemetry.unreachable("claims", error)
             return
+        leaving: list[Item] = []
         for (key, front), claim in zip(fronts.items(), claims, strict=True):
             if claim.state == "pending":
-                self._time_out(key)
+                leaving += self._timed_out(key)
             else:
                 # Whoever is claimed for leads; what is taken is found out again by the step that answers.
                 front.claim = claim if claim.state == "claimed" else None
-                self._leave(self._waiting.pop(key))
+                leaving += self._waiting.pop(key)
+        self._leave(leaving)
 
-    def _time_out(self, key: Key) -> None:
+    def _timed_out(self, key: Key) -> list[Item]:
+        """Let go of those who have waited for a key long enough."""
         now = self._clock()
         late: list[Item] = []
         rest: list[Item] = []
@@ -93,9 +99,10 @@ class WaitingRoom:
             self._waiting[key] = rest
         for item in late:
             item.outcome = ClaimTimedOut()
-        self._leave(late)
+        return late
 
     def _leave(self, items: Sequence[Item]) -> None:
+        """Take items on from here, in batches, beside each other."""
         for start in range(0, len(items), self._most):
             task = asyncio.create_task(self._take_on(items[start : start + self._most]))
             self._tasks.add(task)

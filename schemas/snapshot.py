@@ -1,8 +1,9 @@
 """A run as it will be inserted: what the buffer stores and what becomes the row.
 
 Stored by one version of this program and read by another, so: fields are only ever added, each
-with a default; unknown ones are ignored; `schema_version` rises when a meaning changes. A
-snapshot is never re-encoded after acceptance. It holds no secrets.
+with a default that never changes (a field at its default is left out); unknown ones are ignored;
+`schema_version` rises when a meaning changes. A snapshot is never re-encoded after acceptance. It
+holds no secrets.
 """
 
 from datetime import datetime
@@ -19,7 +20,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     All instants are in UTC and count from `created_at`, the time of the request's stream entry.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int
     id: str
     organization_id: str
     project_id: str

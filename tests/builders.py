@@ -7,7 +7,7 @@ from typing import Any
 
 from app.batch import Entry
 from app.run_ids import derive, span_id, trace_id
-from schemas.snapshot import Snapshot
+from schemas.snapshot import SCHEMA_VERSION, Snapshot
 
 START_MS = 1_800_000_000_000
 NOW = datetime.fromtimestamp(START_MS / 1000, UTC)
@@ -43,6 +43,7 @@ def run(environment: str = "env_1", **changes: Any) -> Snapshot:
     created_at = datetime.fromtimestamp(START_MS / 1000, UTC)
     run_id = changes.pop("id", None) or derive("test", f"{START_MS}-{next(_sequence)}", environment)
     values: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
         "id": run_id,
         "organization_id": "org_1",
         "project_id": "proj_1",

@@ -11,7 +11,6 @@ from app.errors import InvalidRequest, MollifierError, QueueLimitExceeded, Reque
 from app.ports import Admission, KeyHolder, Settlement
 from schemas.snapshot import Snapshot
 
-
 Key = tuple[str, str, str | None]
 
 
@@ -169,8 +168,9 @@ class FakeDesk:
         self.dead: list[Item] = []
         self.acknowledged: list[str] = []
 
-    async def set_aside(self, items: Sequence[Item]) -> None:
+    async def set_aside(self, items: Sequence[Item]) -> Sequence[Item]:
         self.dead += items
+        return []
 
     async def respond(self, replies: Sequence[tuple[Item, bytes | None]]) -> None:
         for item, reply in replies:

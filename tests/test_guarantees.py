@@ -340,8 +340,29 @@ class TestG7TenantsAreWalls:
             messages.add(json.dumps(reply["error"]))
         assert len(messages) == 1
 
-    async def test_two_environments_ask_for_one_id_at_once(self, stage: Stage) -> None:
-        """One of them has it, in one batch or in two, on either way in."""
+    @pytest.mark.parametrize("order", ["owner first", "other first"])
+    @pytest.mark.parametrize("path", ["passed_through", "buffered", "materialised"])
+    async def test_another_cannot_keep_an_owner_from_its_run(
+        self, stage: Stage, path: str, order: str
+    ) -> None:
+        """Owner and another ask for a run's id in one batch: the owner has its answer, in either order."""
+        producer, owner, other = stage.producer, new_environment("owner"), new_environment("other")
+        if path != "passed_through":
+            await producer.trip(owner)
+        options = {"run_id": f"run_of-{owner}"}
+        with paused(stage.drainers if path == "buffered" else []):
+            first = await producer.ask(request(owner, options=options))
+            if path == "materialised":
+                await stage.row(owner)
+            bodies = [request(owner, options=options), request(other, options=options)]
+            replies = await producer.ask_all(bodies if order == "owner first" else bodies[::-1])
+            mine, theirs = replies if order == "owner first" else replies[::-1]
+        assert theirs["error"]["code"] == "run_id_conflict"
+        assert mine.get("run") == first["run"], mine
+
+    @pytest.mark.parametrize("at_once", [True, False], ids=["one batch", "many batches"])
+    async def test_two_environments_ask_for_one_id_at_once(self, stage: Stage, at_once: bool) -> None:
+        """One of them has it, in one batch or in many, on either way in."""
         producer = stage.producer
         for trip in ((False, False), (True, False), (False, True), (True, True)):
             environments = [new_environment() for _ in trip]
@@ -350,7 +371,7 @@ class TestG7TenantsAreWalls:
                     await producer.trip(environment)
             options = {"run_id": f"run_race-{environments[0]}"}
             bodies = [request(environment, options=options) for environment in environments * 10]
-            names = await producer.send_all(bodies, at_once=False)
+            names = await producer.send_all(bodies, at_once=at_once)
             replies = await producer.all_replies(names)
             won = {
                 body["environment"]["id"]

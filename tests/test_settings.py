@@ -47,4 +47,4 @@ def test_passwords_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(Exception, match="frozen"):
-        Settings.load().port = 1  # type: ignore[misc]
+        Settings.load().port = 1

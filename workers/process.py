@@ -23,6 +23,7 @@ Loop = Callable[[], Awaitable[None]]
 
 _CONNECTIONS_CLOSE_S = 2
 _RESTART_S = 1.0
+_WATCH_EVERY_S = 2.0
 _JSON = {"content-type": "application/json"}
 
 
@@ -48,7 +49,19 @@ class Process:
     async def start(self) -> None:
         """Start the heartbeat and the loops."""
         self._heart = asyncio.create_task(self.world.heartbeat.run())
-        self._tasks = [asyncio.create_task(self._keep_going(loop)) for loop in self.loops()]
+        loops = (self._watch_servers, *self.loops())
+        self._tasks = [asyncio.create_task(self._keep_going(loop)) for loop in loops]
+
+    async def _watch_servers(self) -> None:
+        """Keep the gauge of readiness true, and say when it changes."""
+        was: dict[str, str] | None = None
+        while not self.stopping.is_set():
+            missing = await self.world.health.missing()
+            self.world.telemetry.ready(not missing)
+            if was is None or bool(missing) != bool(was):
+                self.world.telemetry.event("readiness", ready=not missing, missing=missing)
+            was = missing
+            await self.pause(_WATCH_EVERY_S)
 
     async def _keep_going(self, loop: Loop) -> None:
         """Run a loop until the process stops, whatever happens in it."""

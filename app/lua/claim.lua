@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Claim idempotency keys of one partition, each for one attempt of one request.
 --
 -- KEYS   per key: claim; then entries and index of its environment

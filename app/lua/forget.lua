@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Forget materialised entries whose grace time is over, and all of an environment with nothing left.
 --
 -- KEYS   1 grace; then per element: entries, index, drain

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Count requests against the rate of each scope (an environment, or the whole fleet) and say how many
 -- may pass. n requests are decided exactly as if they had come one by one at this instant.
 --

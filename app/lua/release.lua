@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Let go of reserved run ids, each only if it is held for the given environment.
 --
 -- KEYS   1 chosen

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Reserve caller-chosen run ids for their environments until the run is a row (or never was one).
 --
 -- KEYS   1 chosen

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Publish replies, then acknowledge and delete their requests: a reply before its acknowledgement.
 --
 -- KEYS   1 the stream of requests

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Settle what a drainer took and Postgres has committed: up to the given entry of each environment.
 -- The entries stay readable until the grace time is over (forget.lua).
 --

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- End claims of one partition: published with the winner's run id, or released. Each only by its holder.
 --
 -- KEYS   claims

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Take the oldest queued entries of environments of one partition: they are DRAINING until settled,
 -- put back, or their holder's heartbeat is gone.
 --
