@@ -94,13 +94,13 @@ class RedisBuffer:
                 if snapshot is not None:
                     outcomes[position] = _known(runs[position], decode_snapshot(snapshot))
         taken = {
-            run.id
+            (run.id, run.environment_id)
             for (_, reserved), answer in zip(reservations, answers[len(calls) :], strict=True)
             for run, is_mine in zip(reserved, answer, strict=True)
             if not is_mine
         }
         return [
-            RunIdConflict() if outcome is None and run.id in taken else outcome
+            RunIdConflict() if outcome is None and (run.id, run.environment_id) in taken else outcome
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
 

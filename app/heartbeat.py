@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import socket
+from contextlib import suppress
 
 from app.errors import Unreachable
 from app.keys import Keys
@@ -28,6 +29,7 @@ class Heartbeat:
         self._key = keys.heartbeat(consumer)
         self._ttl_ms = ttl_ms
         self._telemetry = telemetry
+        self._stopping = asyncio.Event()
 
     async def beat(self) -> None:
         """Renew the key once.
@@ -39,16 +41,22 @@ class Heartbeat:
         await self._scripts.run_one(Call("beat", [self._key], [self._ttl_ms]))
 
     async def run(self) -> None:
-        """Renew the key for ever; a Redis that is away is tried again at the next beat."""
-        while True:
+        """Renew the key until `stop`; a Redis that is away is tried again at the next beat."""
+        while not self._stopping.is_set():
             try:
                 await self.beat()
             except Exception as error:
                 self._telemetry.trouble("heartbeat.failed", error=str(error))
-            await asyncio.sleep(self._ttl_ms / 1000 / _BEATS_PER_TTL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._ttl_ms / 1000 / _BEATS_PER_TTL):
+                    await self._stopping.wait()
 
-    async def stop(self) -> None:
-        """Remove the key: what is still held may be taken over at once."""
+    def stop(self) -> None:
+        """Let `run` end."""
+        self._stopping.set()
+
+    async def remove(self) -> None:
+        """Remove the key once `run` has ended: what is still held may be taken over at once."""
         try:
             await self._scripts.run([Call("DEL", None, [self._key])])
         except Unreachable as error:

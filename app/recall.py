@@ -8,7 +8,14 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from app import run_ids
 from app.batch import Answer, Batch, DeadLetter, Item
-from app.errors import DeadlineExceeded, InternalError, InvalidRequest, RequestError, StoreUnavailable
+from app.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    RequestError,
+    RunIdConflict,
+    StoreUnavailable,
+)
 from app.ports import Buffer, Store
 from app.settings import Settings
 from app.telemetry import Telemetry
@@ -28,8 +35,13 @@ class Recall:
 
     async def __call__(self, batch: Batch) -> None:
         asked = [item for item in batch.open() if item.is_redelivered or item.has_chosen_id]
+        contested: list[Item] = []
         if self._settings.enabled:
             await _look_up(asked, self._recall_from_buffer)
+            # Somebody else holds the id, perhaps in vain: the run may be a row of this environment.
+            contested = [item for item in asked if isinstance(item.outcome, RunIdConflict)]
+            for item in contested:
+                item.outcome = None
         try:
             await _look_up([item for item in asked if item.open], self._recall_from_store)
         except StoreUnavailable as error:
@@ -37,6 +49,8 @@ class Recall:
             # run is a row already, Postgres ignores the second one.
             self._telemetry.recall_failed(error)
             _settle(asked, _has_reserved_form, error)
+            _settle(contested, _any, error)
+        _settle(contested, _any, RunIdConflict())
         _settle(
             asked,
             _has_reserved_form,
@@ -79,6 +93,10 @@ def _settle(items: Sequence[Item], condition: Callable[[Item], bool], error: Req
     for item in items:
         if item.open and condition(item):
             item.outcome = error
+
+
+def _any(item: Item) -> bool:
+    return True
 
 
 def _has_reserved_form(item: Item) -> bool:

@@ -128,15 +128,24 @@ class PatientRetry(Retry):
 
     FastStream's own answer to an error is to stop for good (NOGROUP), to spin (READONLY, MISCONF)
     or to sleep a fixed 5 s. `moved` is called at every try, which shows that the loop is alive.
+
+    After `close` no further command is sent: the loop comes to stand where nothing is under way, and
+    `closed` is set. A read that is cut off instead would leave what it was given pending.
     """
 
     def __init__(self, moved: Callable[[], None], failed: Callable[[Exception], None]) -> None:
         super().__init__(NoBackoff(), -1)
         self._moved = moved
         self._failed = failed
+        self._closing = False
+        self.closed = asyncio.Event()
+
+    def close(self) -> None:
+        """Send nothing more."""
+        self._closing = True
 
     def __deepcopy__(self, memo: object) -> "PatientRetry":
-        """Every connection of a pool shares it: it holds no state of its own."""
+        """Every connection of a pool shares it."""
         return self
 
     async def call_with_retry(
@@ -150,6 +159,9 @@ class PatientRetry(Retry):
         backoff = Backoff(_READ_AGAIN_S, _READ_AGAIN_LONGEST_S)
         failures = 0
         while True:
+            if self._closing:
+                self.closed.set()
+                await asyncio.Event().wait()
             self._moved()
             try:
                 return await do()

@@ -76,7 +76,7 @@ async def test_an_environment_is_held_by_one_living_drainer(
     heart = await alive(client, "drainer-1")
     held = await one.take(1)
     assert await two.take(9) == []
-    await heart.stop()
+    await heart.remove()
     assert ids(await two.take(9)) == [each.id for each in runs]
     await one.settle(held)
     assert await client.hget(KEYS.environment("env_1").drain, "queued") == b"2", (

@@ -83,8 +83,9 @@ class Process:
             self.world.telemetry.trouble("shutdown.timed_out")
         except Unreachable as error:
             self.world.telemetry.unreachable("shutdown", error)
-        self._heart.cancel()
-        await self.world.heartbeat.stop()
+        self.world.heartbeat.stop()
+        await self._heart
+        await self.world.heartbeat.remove()
 
     async def close(self) -> None:
         """Close connections; after the broker has stopped."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from faststream import AckPolicy
@@ -31,9 +32,10 @@ class Triggers(Process):
         pipeline = world.pipeline()
         self._waiting_room = pipeline.waiting_room
         self._intake = Intake(pipeline.handle, settings.trigger_inflight_batches, world.telemetry)
+        self._retry = PatientRetry(lambda: world.health.progress("read"), self._read_failed)
         self._broker = RedisBroker(
             settings.redis_url,
-            retry=PatientRetry(lambda: world.health.progress("read"), self._read_failed),
+            retry=self._retry,
             apply_types=False,
             logger=logging.getLogger("mollifier.read"),
         )
@@ -98,11 +100,10 @@ class Triggers(Process):
         await self._waiting_room.run(self.stopping)
 
     async def finish(self) -> None:
-        # A read that is cut off leaves what it was given pending, so it is let run out instead.
-        self._subscriber.running = False
-        readers = [task for task in self._subscriber.tasks if not task.done()]
-        if readers:
-            await asyncio.wait(readers, timeout=2 * _BLOCK_MS / 1000)
+        self._retry.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * _BLOCK_MS / 1000):
+                await self._retry.closed.wait()
         await self._intake.finish()
         await self._stream.leave()
 
