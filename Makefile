@@ -30,9 +30,9 @@ test: .venv/.ready ## Run the tests
 check: .venv/.ready ## Check format, lint, imports and types, then run the tests
 	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted: run 'make fmt'" >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/lint-imports
+	@report=$$($(BIN)/lint-imports) || { echo "$$report" >&2; exit 1; }
 	@$(BIN)/mypy
-	@$(BIN)/pytest
+	@$(MAKE) --no-print-directory test
 
 fmt: .venv/.ready ## Format the code and repair what ruff can
 	@$(BIN)/ruff format .

@@ -223,7 +223,7 @@ sys.stdin.read()
 def test_servers_do_not_outlive_their_parent(
     tmp_path: Path, end: Callable[[subprocess.Popen[str]], None]
 ) -> None:
-    root = Path(embedded.__file__).parent.parent
+    root = Path(embedded.__file__).parents[2]
     command = [sys.executable, "-c", START_BOTH, str(tmp_path)]
     with subprocess.Popen(
         command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

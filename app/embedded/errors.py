@@ -1,0 +1,5 @@
+"""What embedded servers complain about."""
+
+
+class EmbeddedServerError(RuntimeError):
+    """An embedded server is not installed, cannot be started or does not stop."""
