@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import ConfigurationError
 
 PREFIX = "MOLLIFIER_"
+
+_SCHEMES = {"redis_url": ("redis", "rediss"), "database_url": ("postgresql", "postgres")}
 
 Positive = Annotated[int, Field(ge=1, le=2_147_483_647)]
 Natural = Annotated[int, Field(ge=0, le=2_147_483_647)]
@@ -158,9 +160,10 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url", "database_url")
     @classmethod
-    def _is_url(cls, value: str) -> str:
-        if not urlsplit(value).scheme:
-            raise ValueError("is not a URL")
+    def _is_url(cls, value: str, info: ValidationInfo) -> str:
+        schemes = _SCHEMES[str(info.field_name)]
+        if urlsplit(value).scheme not in schemes:
+            raise ValueError(f"is not a URL that begins with {' or '.join(f'{one}://' for one in schemes)}")
         return value
 
     @field_validator("log_level", "log_format", "gate_window", mode="before")

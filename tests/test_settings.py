@@ -26,6 +26,8 @@ def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MOLLIFIER_LOG_LEVEL", "loud"),
         ("PORT", "70000"),
         ("REDIS_URL", "nowhere"),
+        ("REDIS_URL", "http://127.0.0.1:6379"),
+        ("DATABASE_URL", "mysql://127.0.0.1/db"),
     ],
 )
 def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:

@@ -34,14 +34,14 @@ def test_slow_writes_are_pressure_until_probes_are_quick_again() -> None:
     for _ in range(10):
         health.wrote(0.5)
     probes = 0
-    for _ in range(30):
+    for _ in range(60):
         if health.trouble() is None:
             probes += 1
             health.wrote(0.01)
         else:
             assert health.trouble() == "store_pressure"
             clock.now += 0.25
-    assert 2 <= probes
+    assert probes >= 2
     assert health.latency_s < 0.1
 
 
