@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mappin
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import asyncpg
 import pytest
@@ -27,17 +28,25 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], uvloop.Loop]]:
 
 
 @pytest.fixture(scope="session")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+def server_dir() -> Iterator[Path]:
+    """Where the servers live. Not under pytest's own folder: as root, the next run that starts closes that
+    one to the user that Postgres runs as."""
+    with TemporaryDirectory(prefix="mollifier-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def valkey(server_dir: Path) -> Iterator[Valkey]:
     """The run's one Valkey. Tests take `redis_url` or `redis`; those that break the server take this too."""
-    with Valkey(tmp_path_factory.mktemp("valkey"), options={"appendfsync": "no"}) as server:
+    with Valkey(server_dir / "valkey", options={"appendfsync": "no"}) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def postgres(server_dir: Path) -> Iterator[Postgres]:
     """The run's one Postgres. Tests take `database_url`; those that break the server take this too."""
     options = {"fsync": "off", "full_page_writes": "off", "wal_level": "minimal", "max_wal_senders": "0"}
-    with Postgres(tmp_path_factory.mktemp("postgres"), options=options) as server:
+    with Postgres(server_dir / "postgres", options=options) as server:
         yield server
 
 

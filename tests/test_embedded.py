@@ -199,6 +199,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from app.embedded import Postgres, Valkey
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 servers = Valkey(Path(sys.argv[1], "v")), Postgres(Path(sys.argv[1], "p"), options={"fsync": "off"})
 for server in servers:
     with ThreadPoolExecutor(1) as pool:

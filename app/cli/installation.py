@@ -65,12 +65,13 @@ def installation(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM is taken as Ctrl-C is: as a KeyboardInterrupt."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """SIGTERM and SIGINT are both a KeyboardInterrupt, also in a job that a shell started in the background."""
+    before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _if_free(port: int | None) -> int | None:
