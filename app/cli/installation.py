@@ -65,7 +65,7 @@ def installation(
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGINT are both a KeyboardInterrupt, also in a job that a shell started in the background."""
+    """SIGTERM and SIGINT are both a KeyboardInterrupt, also in a shell's background job."""
     before = {one: signal.signal(one, signal.default_int_handler) for one in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
