@@ -26,9 +26,6 @@ from app.write import Write
 
 Step = Callable[[Batch], Awaitable[None]]
 
-_RESUME_AT = 3
-"""The step that a request which waited for its key comes back to: deduplicate."""
-
 
 class Pipeline:
     """Handles batches of trigger requests; several may be under way at once."""
@@ -59,6 +56,8 @@ class Pipeline:
             ("settle", Settle(claims, wait, telemetry)),
             ("respond", Respond(reservations, desk, settings, telemetry)),
         )
+        names = [name for name, _ in self._steps]
+        self._steps_after_waiting = self._steps[names.index("deduplicate") :]
         self._telemetry = telemetry
         self._clock = clock
 
@@ -72,7 +71,7 @@ class Pipeline:
 
     async def resume(self, items: Sequence[Item]) -> None:
         """Take requests on that waited for their idempotency keys; they may come to wait again."""
-        await self._run(self._steps[_RESUME_AT:], items)
+        await self._run(self._steps_after_waiting, items)
 
     async def _run(self, steps: Sequence[tuple[str, Step]], items: Sequence[Item]) -> None:
         batch = Batch(items, self._clock())
