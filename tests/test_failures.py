@@ -16,9 +16,13 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from app.embedded import Postgres, Valkey
+from app.settings import Settings
+from app.telemetry import Telemetry
+from app.wiring import World
 from tests.processes import TRIPS_AT_TWO, Stage, Worker, Workers, staged
 from tests.producer import TRIGGERS, Producer, new_environment, request
 from tests.waiting import eventually, fetch, runs_of, stays_so
+from workers.triggers import Triggers
 
 TTL_MS = 600
 TAKEN_OVER_WITHIN_S = TTL_MS / 1000 + 1
@@ -499,3 +503,24 @@ class TestStorm:
 
     async def _some_answered(self, producer: Producer, count: int) -> None:
         assert sum(bool(replies) for replies in producer.replies.values()) >= count
+
+
+async def test_a_group_that_the_reader_creates_starts_at_the_beginning(redis_url: str, redis: Redis) -> None:
+    """Whoever is first, the supervisor or FastStream's own start: what was queued before is not skipped."""
+    settings = Settings.model_validate({"REDIS_URL": redis_url, "port": 0})
+    await redis.xadd(TRIGGERS, {"body": "queued before the first start"})
+    world = await World.open(settings, Telemetry("triggers"))
+    process = Triggers(world)
+    await process.broker().start()
+    try:
+
+        async def is_read() -> None:
+            (group,) = await redis.xinfo_groups(TRIGGERS)
+            assert group["entries-read"] == 1
+
+        await eventually(is_read)
+    finally:
+        process.retry.close()
+        await process.retry.closed.wait()
+        await process.broker().stop()
+        await world.close()

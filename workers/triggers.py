@@ -32,10 +32,10 @@ class Triggers(Process):
         pipeline = world.pipeline()
         self._waiting_room = pipeline.waiting_room
         self._intake = Intake(pipeline.handle, settings.trigger_inflight_batches, world.telemetry)
-        self._retry = PatientRetry(lambda: world.health.progress("read"), self._read_failed)
+        self.retry = PatientRetry(lambda: world.health.progress("read"), self._read_failed)
         self._broker = RedisBroker(
             settings.redis_url,
-            retry=self._retry,
+            retry=self.retry,
             apply_types=False,
             logger=logging.getLogger("mollifier.read"),
         )
@@ -53,6 +53,9 @@ class Triggers(Process):
             ack_policy=AckPolicy.MANUAL,
             no_reply=True,
         )
+        # FastStream creates a missing group at `last_id`, and reads from `read_id`, which stays at ">": so
+        # what was queued before there was a group is read too.
+        self._subscriber.last_id = "0"
         self._subscriber(self._receive)
 
     def broker(self) -> RedisBroker:
@@ -100,10 +103,10 @@ class Triggers(Process):
         await self._waiting_room.run(self.stopping)
 
     async def finish(self) -> None:
-        self._retry.close()
+        self.retry.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(2 * _BLOCK_MS / 1000):
-                await self._retry.closed.wait()
+                await self.retry.closed.wait()
         await self._intake.finish()
         await self._stream.leave()
 
