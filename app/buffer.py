@@ -87,7 +87,9 @@ class RedisBuffer:
             calls.append(Call("find", keys, arguments))
         reservations = self._chosen("reserve", reserve)
         answers = await self._run([*calls, *(call for call, _ in reservations)])
-        _raise_refusals(answers)
+        for answer in answers:
+            if isinstance(answer, ResponseError):
+                raise Unreachable(f"Redis: {answer}") from answer
         outcomes: list[Answer | RequestError | None] = [None] * len(runs)
         for positions, answer in zip(_positions(groups), answers[: len(calls)], strict=True):
             for position, snapshot in zip(positions, answer, strict=True):
@@ -202,9 +204,3 @@ def _positions(groups: Grouped) -> list[list[int]]:
         [position for positions in environments.values() for position in positions]
         for environments in groups.values()
     ]
-
-
-def _raise_refusals(answers: Sequence[Any]) -> None:
-    for answer in answers:
-        if isinstance(answer, ResponseError):
-            raise Unreachable(f"Redis: {answer}") from answer

@@ -8,12 +8,8 @@ import secrets
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
-
-from redis.exceptions import ResponseError
 
 from app.batch import Claim
-from app.errors import Unreachable
 from app.keys import Keys
 from app.ports import Settlement
 from app.redis_client import Call, Scripts
@@ -47,7 +43,7 @@ class RedisClaims:
                 arguments += (run.id, tokens[position], self._life_ms(run, now))
             calls.append(Call("claim", keys, arguments))
         claims: list[Claim] = [Claim("pending")] * len(runs)
-        for positions, answer in zip(groups.values(), await self._run(calls), strict=True):
+        for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):
             for position, (state, *details) in zip(positions, answer, strict=True):
                 claims[position] = _claim(state.decode(), tokens[position], details)
         return claims
@@ -64,7 +60,7 @@ class RedisClaims:
                 keys.append(self._keys.claim(run))
                 arguments += (expected, winner_id, self._life_ms(run, now))
             calls.append(Call("settle_claims", keys, arguments))
-        return len(settlements) - sum(sum(answer) for answer in await self._run(calls))
+        return len(settlements) - sum(sum(answer) for answer in await self._scripts.demand(calls))
 
     def _life_ms(self, run: Snapshot, now: datetime) -> int:
         """How long a claim may live: as long as its key, within the bounds of the settings."""
@@ -77,13 +73,6 @@ class RedisClaims:
         for position, run in enumerate(runs):
             groups[self._keys.environment(run.environment_id).partition].append(position)
         return groups
-
-    async def _run(self, calls: Sequence[Call]) -> list[Any]:
-        answers = await self._scripts.run(calls)
-        for answer in answers:
-            if isinstance(answer, ResponseError):
-                raise Unreachable(f"Redis: {answer}") from answer
-        return answers
 
 
 def _claim(state: str, token: str, details: Sequence[bytes]) -> Claim:

@@ -5,7 +5,7 @@ answer means, is decided here, in memory.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from app.batch import Batch, Decision, Item, Outcome
 from app.errors import GateUnavailable
@@ -57,33 +57,27 @@ class Decide:
             admission = await self._gate.admit(Counter(environments))
         except GateUnavailable as error:
             self._telemetry.gate_failed(error)
-            self._let_pass(items)
+            for item in items:
+                item.decision = self._decision(item, "gate_unavailable", is_over=False)
             return
         left, fleet_left = dict(admission.by_environment), admission.fleet
         for item, environment in zip(items, environments, strict=True):
-            reason = ""
             if left[environment] <= 0:
-                reason = "per_env_rate"
+                item.decision = self._decision(item, "per_env_rate", is_over=True)
             elif fleet_left <= 0:
-                reason = "global_rate"
+                item.decision = self._decision(item, "global_rate", is_over=True)
+            else:
+                item.decision = self._decision(item, "within_rate", is_over=False)
             left[environment] -= 1
             fleet_left -= 1
-            item.decision = self._decision(item, reason)
 
-    def _decision(self, item: Item, reason: str) -> Decision:
+    def _decision(self, item: Item, reason: str, *, is_over: bool) -> Decision:
         assert item.request is not None
         enrolled = is_enrolled(item.request, self._settings)
-        divertible = enrolled and not self._settings.shadow_mode
-        if not reason:
-            return Decision(Outcome.PASS_THROUGH, "within_rate", enrolled, divertible)
-        return Decision(Outcome.MOLLIFY if divertible else Outcome.SHADOW, reason, enrolled)
-
-    def _let_pass(self, items: Iterable[Item]) -> None:
-        for item in items:
-            assert item.request is not None
-            enrolled = is_enrolled(item.request, self._settings)
-            divertible = enrolled and not self._settings.shadow_mode
-            item.decision = Decision(Outcome.PASS_THROUGH, "gate_unavailable", enrolled, divertible)
+        may_divert = enrolled and not self._settings.shadow_mode
+        if not is_over:
+            return Decision(Outcome.PASS_THROUGH, reason, enrolled, may_divert)
+        return Decision(Outcome.MOLLIFY if may_divert else Outcome.SHADOW, reason, enrolled)
 
 
 def may_be_mollified(item: Item, settings: Settings) -> bool:

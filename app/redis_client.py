@@ -72,6 +72,18 @@ class Scripts:
             answers = await self._send(calls)
         return answers
 
+    async def demand(self, calls: Sequence[Call]) -> list[Any]:
+        """Run calls none of which a healthy server refuses.
+
+        Raises:
+            Unreachable: the server did not answer, or refused one.
+        """
+        answers = await self.run(calls)
+        for answer in answers:
+            if isinstance(answer, ResponseError):
+                raise Unreachable(f"Redis: {answer}") from answer
+        return answers
+
     async def run_one(self, call: Call) -> Any:
         """Run one call.
 

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from redis.exceptions import ResponseError
 
 from app.batch import Item
-from app.errors import Unreachable
 from app.keys import Keys
 from app.redis_client import Call, Scripts
 
@@ -30,7 +29,7 @@ class RedisDesk:
         for item, reply in replies:
             if reply is not None and item.reply_to is not None:
                 arguments += (item.reply_to, reply)
-        await self._run([Call("respond", [self._stream], arguments)])
+        await self._scripts.demand([Call("respond", [self._stream], arguments)])
 
     async def set_aside(self, items: Sequence[Item]) -> Sequence[Item]:
         """See `ports.Desk.set_aside`."""
@@ -50,7 +49,7 @@ class RedisDesk:
     ) -> None:
         """See `ports.Graveyard.bury`."""
         head = self._head(self._keys.environment(environment_id).entries, entry_id, reason, detail, 1)
-        await self._run([Call("XADD", None, [*head, "snapshot", snapshot])])
+        await self._scripts.demand([Call("XADD", None, [*head, "snapshot", snapshot])])
 
     def _head(self, source: str, entry_id: str, reason: str, detail: str, deliveries: int) -> list[Argument]:
         """The command for a dead letter, up to the original's own fields. DESIGN section 3.4."""
@@ -68,8 +67,3 @@ class RedisDesk:
             deliveries,
         )
         return [self._keys.dead_letters, "*", *fields, "at", now]
-
-    async def _run(self, calls: Sequence[Call]) -> None:
-        for answer in await self._scripts.run(calls):
-            if isinstance(answer, ResponseError):
-                raise Unreachable(f"Redis: {answer}") from answer

@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
 
-from app.errors import Unreachable
 from app.keys import Keys
 from app.ports import Taken
 from app.redis_client import LOST, Call, Scripts
@@ -55,7 +53,7 @@ class RedisTurns:
             for partition in partitions
         ]
         waiting = []
-        for answer in await self._run(calls):
+        for answer in await self._scripts.demand(calls):
             waiting += [(float(score), environment.decode()) for environment, score in _pairs(answer)]
         return [environment for _, environment in sorted(waiting)[:_ENVIRONMENTS]]
 
@@ -72,7 +70,7 @@ class RedisTurns:
             calls.append(Call("take", keys, arguments))
         taken: list[Taken] = []
         held: dict[str, str] = {}
-        for environments, answer in zip(groups.values(), await self._run(calls), strict=True):
+        for environments, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):
             for environment, result in zip(environments, answer, strict=True):
                 if isinstance(result, bytes):
                     held[environment] = result.decode()
@@ -86,7 +84,11 @@ class RedisTurns:
         """Of environments and their holders, those whose holder's heartbeat is gone."""
         holders = sorted(set(held.values()))
         calls = [Call("EXISTS", None, [self._keys.heartbeat(holder)]) for holder in holders]
-        alive = {holder for holder, exists in zip(holders, await self._run(calls), strict=True) if exists}
+        alive = {
+            holder
+            for holder, exists in zip(holders, await self._scripts.demand(calls), strict=True)
+            if exists
+        }
         return {environment: holder for environment, holder in held.items() if holder not in alive}
 
     async def settle(self, taken: Sequence[Taken]) -> None:
@@ -107,7 +109,7 @@ class RedisTurns:
                 keys += (names.entries, names.drain)
                 arguments += (environment, *marks[environment])
             calls.append(Call("settle", keys, arguments))
-        await self._run(calls)
+        await self._scripts.demand(calls)
 
     async def forget(self) -> int:
         """Drop materialised entries whose grace time is over, a bounded number; how many.
@@ -115,10 +117,10 @@ class RedisTurns:
         Raises:
             Unreachable: the buffer cannot be reached.
         """
-        (time,) = await self._run([Call("TIME", None, [])])
+        (time,) = await self._scripts.demand([Call("TIME", None, [])])
         now = int(time[0]) * 1000 + int(time[1]) // 1000
         partitions = range(self._keys.partitions)
-        due = await self._run(
+        due = await self._scripts.demand(
             [
                 Call(
                     "ZRANGEBYSCORE",
@@ -139,20 +141,13 @@ class RedisTurns:
                 arguments += (element, last)
             if elements:
                 calls.append(Call("forget", keys, arguments))
-        return sum(await self._run(calls))
+        return sum(await self._scripts.demand(calls))
 
     def _by_partition(self, environments: Sequence[str]) -> dict[int, list[str]]:
         groups: defaultdict[int, list[str]] = defaultdict(list)
         for environment in environments:
             groups[self._keys.environment(environment).partition].append(environment)
         return groups
-
-    async def _run(self, calls: Sequence[Call]) -> list[Any]:
-        answers = await self._scripts.run(calls)
-        for answer in answers:
-            if isinstance(answer, ResponseError):
-                raise Unreachable(f"Redis: {answer}") from answer
-        return answers
 
 
 class Wake:
