@@ -62,6 +62,14 @@ class DeadLetter(NamedTuple):
     detail: str
 
 
+class Parent(NamedTuple):
+    """What a child inherits from its parent."""
+
+    run_id: str
+    depth: int
+    root_run_id: str
+
+
 class Claim(NamedTuple):
     """What became of a claim: `claimed` by this request, `pending` for another, or `taken` by a winner.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from app.batch import Answer, Claim
+from app.batch import Answer, Claim, Parent
 from app.errors import (
     BufferUnavailable,
     ClaimTimedOut,
@@ -76,15 +76,7 @@ class RedisBuffer:
     ) -> Sequence[Answer | RequestError | None]:
         """See `ports.Buffer.recall`."""
         groups = self._group(runs)
-        calls = []
-        for environments in groups.values():
-            keys: list[str] = []
-            arguments: list[str | bytes | int] = []
-            for environment, positions in environments.items():
-                names = self._keys.environment(environment)
-                keys += (names.entries, names.index)
-                arguments += (len(positions), *(runs[position].id for position in positions))
-            calls.append(Call("find", keys, arguments))
+        calls = self._find(groups, [run.id for run in runs])
         reservations = self._chosen("reserve", reserve)
         answers = await self._run([*calls, *(call for call, _ in reservations)])
         for answer in answers:
@@ -105,6 +97,32 @@ class RedisBuffer:
             RunIdConflict() if outcome is None and (run.id, run.environment_id) in taken else outcome
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
+
+    async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
+        """See `ports.Buffer.find_parents`."""
+        groups = self._group(children)
+        answers = await self._scripts.demand(
+            self._find(groups, [run.parent_run_id or "" for run in children])
+        )
+        parents: list[Parent | None] = [None] * len(children)
+        for positions, answer in zip(_positions(groups), answers, strict=True):
+            for position, snapshot in zip(positions, answer, strict=True):
+                parent = None if snapshot is None else decode_snapshot(snapshot)
+                if parent is not None and parent.organization_id == children[position].organization_id:
+                    parents[position] = Parent(parent.id, parent.depth, parent.root_run_id or parent.id)
+        return parents
+
+    def _find(self, groups: Grouped, run_ids: Sequence[str]) -> list[Call]:
+        calls = []
+        for environments in groups.values():
+            keys: list[str] = []
+            arguments: list[str | bytes | int] = []
+            for environment, positions in environments.items():
+                names = self._keys.environment(environment)
+                keys += (names.entries, names.index)
+                arguments += (len(positions), *(run_ids[position] for position in positions))
+            calls.append(Call("find", keys, arguments))
+        return calls
 
     async def release(self, runs: Sequence[Snapshot]) -> None:
         """See `ports.Buffer.release`."""

@@ -1,4 +1,4 @@
-"""Step 5: the gate's policy, from a batch to one decision per request. DESIGN section 6.
+"""Step 6: the gate's policy, from a batch to one decision per request. DESIGN section 6.
 
 What the counters say is the rate gate's business (`gate.py`); who is asked at all, and what an
 answer means, is decided here, in memory.

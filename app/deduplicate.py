@@ -1,4 +1,4 @@
-"""Step 4: one run per idempotency key (G4). Claim the keys of a batch, look the won ones up in Postgres.
+"""Step 5: one run per idempotency key (G4). Claim the keys of a batch, look the won ones up in Postgres.
 
 Requests with one key follow the first of them. A request whose key another worker holds leaves the
 batch for the waiting room, and comes back to this step when the key is free or taken.

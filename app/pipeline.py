@@ -15,6 +15,7 @@ from app.decode import Decode
 from app.deduplicate import Deduplicate
 from app.ports import Buffer, Claims, Desk, RateGate, Reservations, Store
 from app.recall import Recall
+from app.relate import Relate
 from app.respond import Respond
 from app.settings import Settings
 from app.settle import Settle
@@ -50,6 +51,7 @@ class Pipeline:
             ("decode", Decode(settings)),
             ("validate", Validate(settings)),
             ("recall", Recall(buffer, store, settings, telemetry)),
+            ("relate", Relate(buffer, store, settings)),
             ("deduplicate", Deduplicate(claims, store, wait, settings, telemetry)),
             ("decide", Decide(gate, health, settings, telemetry)),
             ("write", Write(buffer, store, health, settings, telemetry)),

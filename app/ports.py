@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 
-from app.batch import Answer, Claim, Item
+from app.batch import Answer, Claim, Item, Parent
 from app.errors import RequestError
 from app.rows import Row
 from schemas.snapshot import Snapshot
@@ -54,6 +54,14 @@ class Buffer(Protocol):
 
         Ids in `reserve` were chosen by their callers: they are held for their environments, and one
         that another environment holds is a `RunIdConflict`.
+
+        Raises:
+            Unreachable: the buffer cannot be read.
+        """
+        ...
+
+    async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
+        """Per child, in order, its parent if the buffer has it in the child's environment.
 
         Raises:
             Unreachable: the buffer cannot be read.
@@ -118,7 +126,8 @@ class Store(Protocol):
     async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
         """Insert runs in one statement; per run, in order, its answer or why it was refused.
 
-        `now` decides which runs are still delayed.
+        `now` decides which runs are still delayed. A parent that is to wait for its child gets its
+        waitpoint in the same transaction, also when an earlier run answers.
 
         A row that Postgres refuses is found and refused alone; it does not disturb the others.
 
@@ -139,6 +148,14 @@ class Store(Protocol):
     async def recall(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
         """Per run, in order, its answer if its id is a row of its environment, a `RunIdConflict` if of
         another's, else None.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be read.
+        """
+        ...
+
+    async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
+        """Per child, in order, its parent if it is a row of the child's environment.
 
         Raises:
             StoreUnavailable: Postgres cannot be read.

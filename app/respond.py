@@ -1,4 +1,4 @@
-"""Step 8: every outcome becomes a reply, or a dead letter when nobody can be told. Guarantee G1."""
+"""Step 9: every outcome becomes a reply, or a dead letter when nobody can be told. Guarantee G1."""
 
 from datetime import datetime
 

@@ -1,4 +1,4 @@
-"""Step 7: claims end with what became of their requests, published or released; followers are answered."""
+"""Step 8: claims end with what became of their requests, published or released; followers are answered."""
 
 from collections.abc import Callable, Sequence
 

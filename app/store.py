@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import asyncpg
 
-from app.batch import Answer
+from app.batch import Answer, Parent
 from app.errors import InternalError, OneTimeUseTokenUsed, RequestError, RunIdConflict
 from app.ports import KeyHolder, Materialised
 from app.postgres import Connection, acquire, is_unavailable, refusal, statement
@@ -30,8 +30,21 @@ class PostgresStore:
     async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
         """See `ports.Store.insert`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            hindrances = await _insert(connection, [Row(run, status_at(run, now)) for run in runs], now)
-        return [_answer(run, hindrance) for run, hindrance in zip(runs, hindrances, strict=True)]
+            if not any(run.resume_parent_on_completion for run in runs):
+                return await _insert_runs(connection, runs, now)
+            async with connection.transaction():
+                answers = await _insert_runs(connection, runs, now)
+                await _let_parents_wait(connection, runs, answers)
+                return answers
+
+    async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
+        """See `ports.Store.find_parents`."""
+        columns = zip(
+            *((run.organization_id, run.environment_id, run.parent_run_id) for run in children), strict=True
+        )
+        async with acquire(self._pool, self._timeout_s) as connection:
+            records = await connection.fetch(statement("look_up_parents"), *columns)
+        return [None if record["id"] is None else Parent(*record) for record in records]
 
     async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
         """See `ports.Store.look_up_keys`."""
@@ -73,12 +86,40 @@ class PostgresStore:
         return time.perf_counter() - started
 
 
+async def _insert_runs(
+    connection: Connection, runs: Sequence[Snapshot], now: datetime
+) -> Sequence[Answer | RequestError]:
+    hindrances = await _insert(connection, [Row(run, status_at(run, now)) for run in runs], now)
+    return [_answer(run, hindrance) for run, hindrance in zip(runs, hindrances, strict=True)]
+
+
+async def _let_parents_wait(
+    connection: Connection, runs: Sequence[Snapshot], answers: Sequence[Answer | RequestError]
+) -> None:
+    waitpoints = [
+        (answer.run_id, run.parent_run_id, run.environment_id)
+        for run, answer in zip(runs, answers, strict=True)
+        if run.resume_parent_on_completion and run.parent_run_id is not None and isinstance(answer, Answer)
+    ]
+    if waitpoints:
+        await connection.execute(statement("insert_waitpoints"), *zip(*waitpoints, strict=True))
+
+
+async def _try(connection: Connection, rows: Sequence[Row]) -> list[asyncpg.Record]:
+    """Insert rows in one statement; within a transaction, a failure undoes only this."""
+    arguments = (statement("insert_runs"), [row.values() for row in rows])
+    if not connection.is_in_transaction():
+        return list(await connection.fetch(*arguments))
+    async with connection.transaction():
+        return list(await connection.fetch(*arguments))
+
+
 async def _insert(
     connection: Connection, rows: Sequence[Row], now: datetime, tries: int = _TRIES
 ) -> list[Hindrance]:
     """Insert rows in one statement. One that fails is found by halving, so the others never know of it."""
     try:
-        records = await connection.fetch(statement("insert_runs"), [row.values() for row in rows])
+        records = await _try(connection, rows)
     except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
         if tries <= 1:
             raise

@@ -1,4 +1,4 @@
-"""Step 6: both writes at once, the pass-through half to Postgres, the mollified half to the buffer.
+"""Step 7: both writes at once, the pass-through half to Postgres, the mollified half to the buffer.
 
 Once the gate has said mollify, nothing turns into a Postgres write (G8). The other way round is
 allowed: what Postgres cannot take now may be diverted into the buffer, under the same run id.

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import asyncpg
 import pytest
 import uvloop
+from hypothesis import settings
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
@@ -21,6 +22,10 @@ from tests.producer import Producer, producing
 TEMPLATE = "migrated"
 
 _numbers = count(1)
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("mollifier", deadline=None)
+settings.load_profile("mollifier")
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], uvloop.Loop]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from sys import maxsize
 
-from app.batch import Answer, Claim, Item
+from app.batch import Answer, Claim, Item, Parent
 from app.errors import InvalidRequest, MollifierError, QueueLimitExceeded, RequestError, RunIdConflict
 from app.ports import Admission, KeyHolder, Settlement
 from schemas.snapshot import Snapshot
@@ -78,6 +78,12 @@ class FakeBuffer:
     async def retire(self, runs: Sequence[Snapshot]) -> None:
         await self.release(runs)
 
+    async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
+        return [
+            _parent(child, self.runs.get((child.environment_id, child.parent_run_id or "")))
+            for child in children
+        ]
+
     async def release(self, runs: Sequence[Snapshot]) -> None:
         for run in runs:
             if self.chosen.get(run.id) == run.environment_id:
@@ -118,6 +124,13 @@ class FakeClaims:
         return lost
 
 
+def _parent(child: Snapshot, run: Snapshot | None) -> Parent | None:
+    tenant = (child.environment_id, child.organization_id)
+    if run is None or (run.environment_id, run.organization_id) != tenant:
+        return None
+    return Parent(run.id, run.depth, run.root_run_id or run.id)
+
+
 def _key(run: Snapshot) -> Key:
     return run.environment_id, run.task, run.idempotency_key
 
@@ -152,6 +165,11 @@ class FakeStore:
             None if row is None else KeyHolder(row.id, row.organization_id, row.span_id, row.delay_until)
             for row in holders
         ]
+
+    async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
+        if self.failure:
+            raise self.failure
+        return [_parent(child, self.rows.get(child.parent_run_id or "")) for child in children]
 
     def _answer(self, run: Snapshot) -> Answer | RequestError:
         row = self.rows[run.id]

@@ -15,7 +15,7 @@ from app.pipeline import Pipeline
 from app.settings import Settings
 from app.store_health import StoreHealth
 from app.telemetry import Telemetry
-from tests.builders import START_MS, body, entry
+from tests.builders import START_MS, body, entry, run
 from tests.fakes import FakeBuffer, FakeClaims, FakeDesk, FakeGate, FakeStore
 
 NOW = datetime.fromtimestamp(START_MS / 1000, UTC) + timedelta(milliseconds=5)
@@ -211,6 +211,7 @@ async def test_g5_off_means_off() -> None:
 )
 async def test_g6_bypasses_are_not_counted_and_never_buffered(options: dict[str, Any], reason: str) -> None:
     world = World()
+    world.store.rows["p"] = run(id="p")
     world.gate.passes = 0
     (reply,) = await world.handle(entry(body(options=options)))
     assert not reply["is_mollified"]
@@ -372,3 +373,34 @@ async def test_a_full_buffer_is_a_retryable_error() -> None:
     world.gate.passes, world.buffer.limit = 0, 1
     replies = await world.handle(entry(), entry())
     assert [reply.get("error", {}).get("code") for reply in replies] == [None, "queue_limit_exceeded"]
+
+
+@pytest.mark.parametrize("where", ["buffered", "stored"])
+async def test_a_child_inherits_depth_and_root_from_its_parent(where: str) -> None:
+    world = World()
+    parent = run(id="p", depth=2, root_run_id="r")
+    if where == "stored":
+        world.store.rows["p"] = parent
+    else:
+        world.buffer.runs["env_1", "p"] = parent
+    (reply,) = await world.handle(entry(body(options={"parent_run_id": "run_p"})))
+    child = world.store.rows[reply["run"]["id"]]
+    assert (child.parent_run_id, child.depth, child.root_run_id) == ("p", 3, "r")
+
+
+async def test_g7_a_parent_of_another_tenant_does_not_exist() -> None:
+    world = World()
+    world.store.rows["p"] = run("env_2", id="p")
+    world.store.rows["q"] = run("env_1", id="q", organization_id="org_2")
+    replies = await world.handle(
+        *(entry(body(options={"parent_run_id": f"run_{name}"})) for name in ("p", "q", "nowhere")), entry()
+    )
+    assert [reply.get("error", {}).get("code") for reply in replies] == ["parent_run_not_found"] * 3 + [None]
+    assert len({str(reply) for reply in replies[:3]}) == 1
+
+
+async def test_a_parent_that_cannot_be_looked_up_is_not_denied() -> None:
+    world = World()
+    world.store.failure = StoreUnavailable()
+    (reply,) = await world.handle(entry(body(options={"parent_run_id": "run_p"})))
+    assert reply["error"]["code"] == "store_unavailable"

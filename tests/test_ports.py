@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from app.batch import Answer
+from app.batch import Answer, Parent
 from app.buffer import RedisBuffer
 from app.errors import QueueLimitExceeded, RequestError, RunIdConflict
 from app.ports import Buffer, Store
@@ -109,3 +109,22 @@ async def test_inserting_twice_changes_nothing(any_store: Store) -> None:
     assert await any_store.insert([run(id=mine.id), mine], NOW) == [*first, *first]
     (conflict,) = await any_store.insert([run("env_2", id=mine.id)], NOW)
     assert isinstance(conflict, RunIdConflict)
+
+
+async def test_a_parent_is_found_in_its_childs_environment_only(
+    buffers: Callable[[int], Buffer], any_store: Store
+) -> None:
+    buffer = buffers(0)
+    buffered, stored = run(depth=1, root_run_id="root", buffered_at=NOW), run()
+    await accept(buffer, buffered)
+    await any_store.insert([stored], NOW)
+    children = [
+        run(parent_run_id=buffered.id),
+        run(parent_run_id=stored.id),
+        run("env_2", parent_run_id=buffered.id),
+        run("env_2", parent_run_id=stored.id),
+        run(parent_run_id=buffered.id, organization_id="org_2"),
+        run(parent_run_id=stored.id, organization_id="org_2"),
+    ]
+    assert await buffer.find_parents(children) == [Parent(buffered.id, 1, "root"), *[None] * 5]
+    assert await any_store.find_parents(children) == [None, Parent(stored.id, 0, stored.id), *[None] * 4]

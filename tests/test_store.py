@@ -193,3 +193,30 @@ async def test_a_database_that_was_not_migrated_is_unavailable(store: PostgresSt
     await pool.execute("DROP SCHEMA mollifier CASCADE")
     with pytest.raises(StoreUnavailable):
         await store.insert([run()], NOW)
+
+
+async def test_a_waiting_parent_gets_its_waitpoint_with_the_child(store: PostgresStore, pool: Pool) -> None:
+    options: dict[str, Any] = {"parent_run_id": "parent", "resume_parent_on_completion": True}
+    child, bad = run(**options), run(**options, metadata=b'{"a": "\\u0000"}')
+    waits, refused, plain = await store.insert([child, bad, run()], NOW)
+    assert [type(outcome) for outcome in (waits, refused, plain)] == [Answer, InvalidRequest, Answer]
+    assert await waitpoints(pool) == {(child.id, "parent", "env_1", "PENDING")}
+
+
+async def test_a_cached_hit_makes_the_parent_wait_for_the_winner(store: PostgresStore, pool: Pool) -> None:
+    winner, done = run(idempotency_key="k"), run(idempotency_key="done")
+    await store.insert([winner, done], NOW)
+    await pool.execute("UPDATE mollifier.runs SET status = 'COMPLETED' WHERE id = $1", done.id)
+    options: dict[str, Any] = {"parent_run_id": "parent", "resume_parent_on_completion": True}
+    await store.insert([run(idempotency_key="k", **options), run(idempotency_key="done", **options)], NOW)
+    assert await waitpoints(pool) == {
+        (winner.id, "parent", "env_1", "PENDING"),
+        (done.id, "parent", "env_1", "COMPLETED"),
+    }
+
+
+async def waitpoints(pool: Pool) -> set[tuple[Any, ...]]:
+    rows = await pool.fetch(
+        "SELECT child_run_id, parent_run_id, environment_id, status FROM mollifier.waitpoints"
+    )
+    return {tuple(row) for row in rows}
