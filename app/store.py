@@ -106,8 +106,13 @@ async def _let_parents_wait(
 
 
 async def _try(connection: Connection, rows: Sequence[Row]) -> list[asyncpg.Record]:
-    """Insert rows in one statement; within a transaction, a failure undoes only this."""
-    arguments = (statement("insert_runs"), [row.values() for row in rows])
+    """Insert rows in one statement; within a transaction, a failure undoes only this.
+
+    Batches that race for the same keys insert them in the same order, so they wait for one another and do
+    not deadlock.
+    """
+    ordered = sorted(rows, key=lambda row: row.run.idempotency_key or "")
+    arguments = (statement("insert_runs"), [row.values() for row in ordered])
     if not connection.is_in_transaction():
         return list(await connection.fetch(*arguments))
     async with connection.transaction():
