@@ -14,8 +14,8 @@ import msgspec
 from msgspec.structs import replace
 
 from app.errors import StoreUnavailable
-from app.ports import Graveyard, Materialised, Materialiser, Reservations, Taken, Turns
-from app.rows import Row, status_at
+from app.ports import Graveyard, Materialiser, Reservations, Taken, Turns
+from app.rows import Materialised, Row, status_at
 from app.settings import Settings
 from app.telemetry import Telemetry
 from schemas.snapshot import Snapshot, decode_snapshot

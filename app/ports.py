@@ -7,11 +7,11 @@ cannot be told what happened (`Unreachable`: the item is suspended and handed ou
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from app.batch import Answer, Claim, Item, Parent
 from app.errors import RequestError
-from app.rows import Row
+from app.rows import Materialised, Row
 from schemas.snapshot import Snapshot
 
 
@@ -196,14 +196,6 @@ class Turns(Protocol):
             Unreachable: it is not known whether that was done.
         """
         ...
-
-
-class Materialised(NamedTuple):
-    """What became of a row: `present` was there already, `alias` lost its key to the winner."""
-
-    result: Literal["inserted", "present", "alias", "refused"]
-    winner_id: str | None = None
-    error: str | None = None
 
 
 class Materialiser(Protocol):

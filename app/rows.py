@@ -85,6 +85,14 @@ class Row(NamedTuple):
         )
 
 
+class Materialised(NamedTuple):
+    """What became of a row: `present` was there already, `alias` lost its key to the winner."""
+
+    result: Literal["inserted", "present", "alias", "refused"]
+    winner_id: str | None = None
+    error: str | None = None
+
+
 def status_at(run: Snapshot, now: datetime) -> Status:
     """The status of a run that nothing has happened to yet. DESIGN section 8."""
     if run.expires_at is not None and run.expires_at <= now:

@@ -8,9 +8,9 @@ import asyncpg
 
 from app.batch import Answer, Parent
 from app.errors import InternalError, OneTimeUseTokenUsed, RequestError, RunIdConflict
-from app.ports import KeyHolder, Materialised
+from app.ports import KeyHolder
 from app.postgres import Connection, acquire, is_unavailable, refusal, statement
-from app.rows import Row, status_at
+from app.rows import Materialised, Row, status_at
 from app.settings import Settings
 from schemas.snapshot import Snapshot
 

@@ -9,9 +9,8 @@ import pytest
 
 from app.batch import Answer
 from app.errors import InvalidRequest, OneTimeUseTokenUsed, StoreUnavailable
-from app.ports import Materialised
 from app.postgres import create_pool
-from app.rows import Row, status_at
+from app.rows import Materialised, Row, status_at
 from app.settings import Settings
 from app.store import PostgresStore
 from schemas.snapshot import Snapshot
