@@ -39,13 +39,18 @@ class WaitingRoom:
         self.held: set[str] = set()
 
     def admit(self, items: Sequence[Item]) -> None:
-        """Let items wait. Their time runs from the first time that they do."""
+        """Let items wait. Their time runs from the first time that they do.
+
+        Each leaves its batch for good, and goes on as a new item: its batch may still be under way when
+        its key comes free.
+        """
         for item in items:
             item.suspended = item.waits = True
-            item.follows = False
-            if item.waiting_since is None:
-                item.waiting_since = self._clock()
-            self._waiting.setdefault(_key(item), []).append(item)
+            since = self._clock() if item.waiting_since is None else item.waiting_since
+            waiting = Item(
+                item.entry, item.reply_to, item.correlation_id, item.request, item.run, waiting_since=since
+            )
+            self._waiting.setdefault(_key(item), []).append(waiting)
             self.held.add(item.entry.id)
         if items:
             self._occupied.set()
@@ -109,8 +114,6 @@ class WaitingRoom:
             task.add_done_callback(self._tasks.discard)
 
     async def _take_on(self, items: Sequence[Item]) -> None:
-        for item in items:
-            item.suspended = item.waits = False
         try:
             await self._resume(items)
         except Unreachable as error:

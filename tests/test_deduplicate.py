@@ -141,3 +141,27 @@ async def test_the_room_empties_when_the_process_stops() -> None:
     await world.pipeline.waiting_room.run(stopping)
     assert world.pipeline.waiting_room.held == set()
     assert len(world.desk.replies) == 1
+
+
+async def test_a_key_that_comes_free_before_the_batch_has_ended_is_handled_once() -> None:
+    world = World()
+    world.claims.values["env_1", "send-email", "order-42"] = "pending:another:token"
+    reached, go_on = asyncio.Event(), asyncio.Event()
+    insert = world.store.insert
+
+    async def slow_insert(runs: Any, now: Any) -> Any:
+        reached.set()
+        await go_on.wait()
+        return await insert(runs, now)
+
+    world.store.insert = slow_insert  # type: ignore[method-assign]
+    waiting = keyed()
+    batch = asyncio.create_task(world.pipeline.handle([waiting, entry()]))
+    await reached.wait()
+    world.claims.values.clear()
+    world.store.insert = insert  # type: ignore[method-assign]
+    await world.tick()
+    go_on.set()
+    await batch
+    assert world.desk.acknowledged.count(waiting.id) == 1
+    assert len(world.desk.replies) == len(world.store.rows) == 2
