@@ -58,8 +58,9 @@ class RedisBuffer:
                 arguments += (environment, runs[positions[0]].organization_id, len(positions))
                 for position in positions:
                     run = runs[position]
-                    arguments += (run.id, encode_snapshot(run), *_claim(run, claims[position]))
-                    if run.idempotency_key is not None:
+                    expected, life_ms = _claim(run, claims[position])
+                    arguments += (run.id, encode_snapshot(run), expected, life_ms)
+                    if life_ms:
                         claim_keys.append(self._keys.claim(run))
             calls.append(Call("accept", [*keys, *claim_keys], arguments))
         answers = await self._run(calls)

@@ -35,10 +35,9 @@ class Heartbeat:
         """Renew the key once.
 
         Raises:
-            Unreachable: Redis cannot be reached.
-            ResponseError: Redis refuses.
+            Unreachable: Redis cannot be reached, or refuses.
         """
-        await self._scripts.run_one(Call("beat", [self._key], [self._ttl_ms]))
+        await self._scripts.demand([Call("beat", [self._key], [self._ttl_ms])])
 
     async def run(self) -> None:
         """Renew the key until `stop`; a Redis that is away is tried again at the next beat."""

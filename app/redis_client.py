@@ -84,18 +84,6 @@ class Scripts:
                 raise Unreachable(f"Redis: {answer}") from answer
         return answers
 
-    async def run_one(self, call: Call) -> Any:
-        """Run one call.
-
-        Raises:
-            Unreachable: the server did not answer.
-            ResponseError: the server refused.
-        """
-        (answer,) = await self.run([call])
-        if isinstance(answer, ResponseError):
-            raise answer
-        return answer
-
     async def _send(self, calls: Sequence[Call]) -> list[Any]:
         try:
             if len(calls) == 1:
