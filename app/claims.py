@@ -20,7 +20,7 @@ PENDING = "pending:"
 
 
 class RedisClaims:
-    """Implements `ports.Claims` with `lua/claim.lua` and `lua/settle_claims.lua`."""
+    """Implements `ports.Claims` with `lua/claim.lua`, `find_winners.lua` and `settle_claims.lua`."""
 
     def __init__(self, scripts: Scripts, keys: Keys, settings: Settings) -> None:
         self._scripts = scripts
@@ -47,6 +47,22 @@ class RedisClaims:
             for position, (state, *details) in zip(positions, answer, strict=True):
                 claims[position] = _claim(state.decode(), tokens[position], details)
         return claims
+
+    async def find_winners(self, runs: Sequence[Snapshot]) -> Sequence[Snapshot | None]:
+        """See `ports.Claims.find_winners`."""
+        groups = self._by_partition(runs)
+        calls = []
+        for positions in groups.values():
+            keys: list[str] = []
+            for position in positions:
+                names = self._keys.environment(runs[position].environment_id)
+                keys += (self._keys.claim(runs[position]), names.entries, names.index)
+            calls.append(Call("find_winners", keys, []))
+        winners: list[Snapshot | None] = [None] * len(runs)
+        for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):
+            for position, snapshot in zip(positions, answer, strict=True):
+                winners[position] = None if snapshot is None else decode_snapshot(snapshot)
+        return winners
 
     async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
         """See `ports.Claims.settle`."""

@@ -1,14 +1,15 @@
 """Step 5: one run per idempotency key (G4). Claim the keys of a batch, look the won ones up in Postgres.
 
 Requests with one key follow the first of them. A request whose key another worker holds leaves the
-batch for the waiting room, and comes back to this step when the key is free or taken.
+batch for the waiting room, and comes back to this step when the key is free or taken. Bypassed
+requests claim nothing: Postgres' unique index is their arbiter, once the buffer has no run of their key.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from app.batch import Answer, Batch, Item
-from app.decide import may_be_mollified
+from app.decide import bypass_reason, is_enrolled, may_be_mollified
 from app.errors import RequestError, RunIdConflict, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
 from app.settings import Settings
@@ -36,6 +37,7 @@ class Deduplicate:
     async def __call__(self, batch: Batch) -> None:
         leaders = self._leaders(batch)
         try:
+            await self._find_winners([item for item in batch.open() if self._may_find_a_winner(item)])
             await self._claim([leader for leader in leaders if leader.claim is None], batch)
             await self._look_up([leader for leader in leaders if leader.open and leader.claim], batch)
         except Unreachable as error:
@@ -55,6 +57,34 @@ class Deduplicate:
                 item.follows = True
                 leader.followers.append(item)
         return list(leaders.values())
+
+    def _may_find_a_winner(self, item: Item) -> bool:
+        assert item.request is not None
+        settings = self._settings
+        return (
+            settings.enabled
+            and item.request.options.idempotency_key is not None
+            and bypass_reason(item.request) is not None
+            and is_enrolled(item.request, settings)
+        )
+
+    async def _find_winners(self, items: Sequence[Item]) -> None:
+        """Answer bypassed requests whose key a buffered run has; a parent waits for that one then."""
+        if not items:
+            return
+        hits = []
+        for item, winner in zip(items, await self._claims.find_winners(_runs(items)), strict=True):
+            if winner is not None:
+                item.outcome = _buffered(item, winner)
+                hits.append(item)
+        waiting = [item for item in hits if item.run is not None and item.run.resume_parent_on_completion]
+        if waiting:
+            outcomes = [item.outcome for item in waiting if item.outcome is not None]
+            try:
+                await self._store.let_parents_wait(_runs(waiting), outcomes)
+            except StoreUnavailable as error:
+                for item in waiting:
+                    item.outcome = error
 
     async def _claim(self, leaders: Sequence[Item], batch: Batch) -> None:
         claims = await self._claims.claim(_runs(leaders), batch.now) if leaders else ()

@@ -104,6 +104,14 @@ class Claims(Protocol):
         """
         ...
 
+    async def find_winners(self, runs: Sequence[Snapshot]) -> Sequence[Snapshot | None]:
+        """Per run, in order, the buffered run that has its idempotency key, if there is one.
+
+        Raises:
+            Unreachable: claims cannot be reached.
+        """
+        ...
+
     async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
         """Publish or release claims, each only if it still has the expected value; how many had not.
 
@@ -151,6 +159,16 @@ class Store(Protocol):
 
         Raises:
             StoreUnavailable: Postgres cannot be read.
+        """
+        ...
+
+    async def let_parents_wait(
+        self, runs: Sequence[Snapshot], answers: Sequence[Answer | RequestError]
+    ) -> None:
+        """Write waitpoints: the parent of each run that is to resume it waits for the run that answers.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be written.
         """
         ...
 

@@ -59,12 +59,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
     run_id = _run_id(entry, request, settings)
     trace_id, parent_span_id, trace_context = _trace(run_id, request.trace_context)
     ttl_seconds = None if options.ttl is None else _parsed("options.ttl", parse_ttl, options.ttl)
-    debounce_until = None
-    if options.debounce is not None:
-        debounce_until = created_at + timedelta(
-            seconds=_parsed("options.debounce.delay", parse_duration, options.debounce.delay)
-        )
-        _parse("options.debounce.max_delay", parse_duration, options.debounce.max_delay)
+    delay_until, debounce_until = _delay(options, created_at)
     if len(options.tags) > settings.max_tags:
         raise TooManyTags(f"options.tags: {len(options.tags)} are more than {settings.max_tags}")
     return Snapshot(
@@ -84,9 +79,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
         idempotency_key_options=msgspec.json.encode(options.idempotency_key_options)
         if options.idempotency_key_options
         else None,
-        delay_until=debounce_until
-        if options.delay is None
-        else _parsed("options.delay", lambda text: parse_delay(text, created_at), options.delay),
+        delay_until=delay_until,
         ttl_seconds=ttl_seconds,
         expires_at=None if ttl_seconds is None else created_at + timedelta(seconds=ttl_seconds),
         queue=options.queue,
@@ -103,6 +96,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
         batch_id=options.batch.id if options.batch else None,
         batch_index=options.batch.index if options.batch else None,
         debounce_key=options.debounce.key if options.debounce else None,
+        debounce_mode=options.debounce.mode if options.debounce else "trailing",
         debounce_until=debounce_until,
         one_time_use_token=options.one_time_use_token,
         replayed_from_run_id=_parse(
@@ -154,6 +148,22 @@ def _metadata(options: Options, settings: Settings) -> bytes | None:
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"options.metadata: {error}") from None
     return metadata
+
+
+def _delay(options: Options, created_at: datetime) -> tuple[datetime | None, datetime | None]:
+    """Until when a run is delayed, and how far its debounce key may push it back (None: no limit)."""
+    delay_until = _parse("options.delay", lambda text: parse_delay(text, created_at), options.delay)
+    debounce = options.debounce
+    if debounce is None:
+        return delay_until, None
+    pushed = created_at + timedelta(seconds=_parsed("options.debounce.delay", parse_duration, debounce.delay))
+    longest = _parse("options.debounce.max_delay", parse_duration, debounce.max_delay)
+    limit = None if longest is None else created_at + timedelta(seconds=longest)
+    if limit is not None and limit <= pushed:
+        raise InvalidRequest("options.debounce.max_delay: must be longer than options.debounce.delay")
+    if limit is not None and delay_until is not None and limit <= delay_until:
+        raise InvalidRequest("options.debounce.max_delay: must be longer than options.delay")
+    return max(pushed, delay_until or pushed), limit
 
 
 def _key_expiry(options: Options, created_at: datetime) -> datetime | None:

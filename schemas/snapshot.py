@@ -14,7 +14,8 @@ SCHEMA_VERSION = 1
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
-    """One run. Names and meanings are those of the columns of `mollifier.runs`.
+    """One run. Names and meanings are those of the columns of `mollifier.runs`, but for `debounce_mode`:
+    what a trigger does to the delayed run of its key, `trailing` or `leading`.
 
     `payload`, `metadata`, `idempotency_key_options` and `trace_context` are JSON text, as bytes.
     All instants are in UTC and count from `created_at`, the time of the request's stream entry.
@@ -53,6 +54,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     batch_id: str | None = None
     batch_index: int | None = None
     debounce_key: str | None = None
+    debounce_mode: str = "trailing"
     debounce_until: datetime | None = None
     one_time_use_token: str | None = None
     replayed_from_run_id: str | None = None

@@ -7,7 +7,14 @@ from datetime import datetime
 from sys import maxsize
 
 from app.batch import Answer, Claim, Item, Parent
-from app.errors import InvalidRequest, MollifierError, QueueLimitExceeded, RequestError, RunIdConflict
+from app.errors import (
+    InvalidRequest,
+    MollifierError,
+    QueueLimitExceeded,
+    RequestError,
+    RunIdConflict,
+    StoreUnavailable,
+)
 from app.ports import Admission, KeyHolder, Settlement
 from schemas.snapshot import Snapshot
 
@@ -112,6 +119,11 @@ class FakeClaims:
             return Claim("pending")
         return Claim("taken", expected=value, winner=self._runs.get((run.environment_id, value)))
 
+    async def find_winners(self, runs: Sequence[Snapshot]) -> Sequence[Snapshot | None]:
+        if self.failure:
+            raise self.failure
+        return [self._runs.get((run.environment_id, self.values.get(_key(run), ""))) for run in runs]
+
     async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
         lost = 0
         for run, expected, winner_id in settlements:
@@ -142,6 +154,17 @@ class FakeStore:
         self.rows: dict[str, Snapshot] = {}
         self.refuses: set[bytes | None] = set()
         self.failure: MollifierError | None = None
+        self.waitpoints: set[tuple[str, str | None]] = set()
+        self.waitpoints_fail = False
+
+    async def let_parents_wait(
+        self, runs: Sequence[Snapshot], answers: Sequence[Answer | RequestError]
+    ) -> None:
+        if self.waitpoints_fail:
+            raise StoreUnavailable
+        for run, answer in zip(runs, answers, strict=True):
+            if run.resume_parent_on_completion and isinstance(answer, Answer):
+                self.waitpoints.add((answer.run_id, run.parent_run_id))
 
     async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
         if self.failure:

@@ -52,6 +52,20 @@ async def test_the_first_claims_and_the_others_wait(claims: RedisClaims) -> None
     assert results[1].expected is None, "a token is never shown to others"
 
 
+async def test_a_buffered_winner_is_found_without_claiming(
+    claims: RedisClaims, make_buffer: Callable[..., RedisBuffer], client: Redis
+) -> None:
+    winner, pending, passed_through, free = keyed(), keyed("pending"), keyed("passed"), keyed("free")
+    await make_buffer().accept([winner], await claim(claims, winner))
+    await claim(claims, pending)
+    (claimed,) = await claim(claims, passed_through)
+    await claims.settle([Settlement(passed_through, token(claimed), passed_through.id)], NOW)
+    before = sorted(await client.keys())
+    asked = [keyed(), keyed("pending"), keyed("passed"), free, keyed(environment="env_2")]
+    assert await claims.find_winners(asked) == [winner, None, None, None, None]
+    assert sorted(await client.keys()) == before
+
+
 async def test_racing_claims_have_one_winner(claims: RedisClaims) -> None:
     results = await asyncio.gather(*(claim(claims, keyed()) for _ in range(50)))
     assert sorted(one.state for (one,) in results) == ["claimed"] + ["pending"] * 49

@@ -1,12 +1,13 @@
 """One run per key, told with the world in memory: leaders, followers, waiting, and the ends of keys. G4."""
 
 import asyncio
+from sys import maxsize
 from typing import Any
 
 import pytest
 
 from app.errors import BufferUnavailable, StoreUnavailable, Unreachable
-from tests.builders import body, entry
+from tests.builders import NOW, body, entry, run
 from tests.test_pipeline import World
 
 KEY = {"idempotency_key": "order-42"}
@@ -129,6 +130,55 @@ async def test_without_the_store_a_key_is_accepted_under_its_claim() -> None:
 async def test_what_the_gate_could_never_mollify_is_not_claimed(changes: dict[str, bool]) -> None:
     world = World(**changes)
     await world.handle(keyed())
+    assert world.claims.values == {}
+
+
+PARENT = run(id="parent")
+BYPASSES: list[dict[str, Any]] = [
+    {"debounce": {"key": "k", "delay": "5s"}},
+    {"one_time_use_token": "t"},
+    {"parent_run_id": "run_parent", "resume_parent_on_completion": True},
+]
+
+
+async def mollified_winner(world: World) -> str:
+    """The id of a buffered run that has the key."""
+    await world.store.insert([PARENT], NOW)
+    world.gate.passes = 0
+    (winner,) = runs(await world.handle(keyed()))
+    world.gate.passes = maxsize
+    return winner[0]
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+async def test_g4_a_bypassed_request_finds_the_buffered_run_of_its_key(bypass: dict[str, Any]) -> None:
+    world = World()
+    winner = await mollified_winner(world)
+    (reply,) = runs(await world.handle(keyed(**bypass)))
+    assert reply == (winner, True)
+    assert list(world.store.rows) == [PARENT.id]
+    waits = {(winner, PARENT.id)} if "parent_run_id" in bypass else set()
+    assert world.store.waitpoints == waits
+
+
+async def test_a_parent_that_cannot_be_made_to_wait_is_told_so() -> None:
+    world = World()
+    await mollified_winner(world)
+    world.store.waitpoints_fail = True
+    (reply,) = await world.handle(keyed(**BYPASSES[2]))
+    assert reply["error"]["code"] == "store_unavailable"
+
+
+@pytest.mark.parametrize("bypass", BYPASSES)
+async def test_a_bypassed_request_claims_nothing_and_leaves_the_rest_to_the_store(
+    bypass: dict[str, Any],
+) -> None:
+    world = World()
+    await world.store.insert([PARENT], NOW)
+    for failure in (None, Unreachable("away")):
+        world.claims.failure = failure
+        (reply,) = runs(await world.handle(keyed(**bypass)))
+        assert reply[1] is False
     assert world.claims.values == {}
 
 

@@ -288,6 +288,41 @@ class TestG6Bypasses:
         assert (await stage.row(environment))["buffered_at"] is None
         assert await gate_and_buffer(producer, environment) == before
 
+    async def test_1000_triggers_of_one_debounce_key_leave_one_delayed_run(self, stage: Stage) -> None:
+        environment = new_environment()
+        debounce = {"key": "user-7", "delay": "1h", "max_delay": "2h"}
+        bodies = [request(environment, options={"debounce": debounce}, payload=n) for n in range(1000)]
+        replies = await stage.producer.ask_all(bodies)
+        row = await stage.row(environment)
+        assert (row["status"], row["debounce_key"]) == ("DELAYED", "user-7")
+        assert {reply["run"]["id"] for reply in replies} == {row["id"]}
+        assert Counter(reply["is_cached"] for reply in replies) == {False: 1, True: 999}
+        assert {(reply["status"], reply["is_mollified"]) for reply in replies} == {("DELAYED", False)}
+        last = await stage.producer.ask(request(environment, options={"debounce": debounce}, payload="last"))
+        assert last["run"]["id"] == row["id"]
+        assert (await stage.row(environment))["payload"] == b'"last"'
+
+    async def test_a_parent_that_waits_is_given_the_buffered_run_of_the_key(self, stage: Stage) -> None:
+        producer, environment = stage.producer, new_environment()
+        parent = (await producer.ask(request(environment, enrolled=False, task="trip")))["run"]
+        await producer.trip(environment)
+        keyed = {"idempotency_key": "k"}
+        waiting = {**keyed, "parent_run_id": parent["friendly_id"], "resume_parent_on_completion": True}
+        with paused(stage.drainers):
+            buffered = await producer.ask(request(environment, options=keyed))
+            assert buffered["is_mollified"]
+            reply = await producer.ask(request(environment, options=waiting))
+        assert (reply["run"]["id"], reply["is_cached"]) == (buffered["run"]["id"], True)
+        waitpoints = await fetch(
+            stage.database_url,
+            "SELECT child_run_id, parent_run_id, status FROM mollifier.waitpoints WHERE environment_id = $1",
+            environment,
+        )
+        assert [tuple(waitpoint) for waitpoint in waitpoints] == [
+            (buffered["run"]["id"], parent["id"], "PENDING")
+        ]
+        await stage.row(environment)
+
     async def test_a_parent_that_does_not_wait_is_no_bypass(self, stage: Stage) -> None:
         producer, environment = stage.producer, new_environment()
         parent = (await producer.ask(request(environment, enrolled=False, task="trip")))["run"]["friendly_id"]

@@ -47,7 +47,8 @@ FULL: dict[str, Any] = {
     "batch_id": "batch_1",
     "batch_index": 4,
     "debounce_key": "debounce",
-    "debounce_until": NOW,
+    "debounce_mode": "leading",
+    "debounce_until": NOW + timedelta(days=2),
     "one_time_use_token": "token",
     "replayed_from_run_id": "original",
     "parent_span_id": "00f067aa0ba902b7",
@@ -86,7 +87,7 @@ async def test_every_field_of_a_snapshot_is_in_its_column(store: PostgresStore, 
         value = getattr(full, name)
         if name in ("metadata", "idempotency_key_options", "trace_context"):
             value = value.decode()
-        if name != "schema_version":
+        if name not in ("schema_version", "debounce_mode"):
             assert row[name] == (list(value) if isinstance(value, tuple) else value), name
     assert row["friendly_id"] == f"run_{full.id}"
     assert row["status"] == "DELAYED"
@@ -211,6 +212,22 @@ async def test_a_cached_hit_makes_the_parent_wait_for_the_winner(store: Postgres
     assert await waitpoints(pool) == {
         (winner.id, "parent", "env_1", "PENDING"),
         (done.id, "parent", "env_1", "COMPLETED"),
+    }
+
+
+async def test_who_waits_for_an_id_that_becomes_an_alias_waits_for_the_winner(
+    store: PostgresStore, pool: Pool
+) -> None:
+    winner, loser = run(idempotency_key="k"), run(idempotency_key="k")
+    hit = Answer(loser.id, None, None, is_mollified=True, is_cached=True)
+    before, after = (run(parent_run_id=parent, resume_parent_on_completion=True) for parent in ("p1", "p2"))
+    await store.let_parents_wait([before], [hit])
+    await store.insert([winner], NOW)
+    await store.materialise([Row(loser, "QUEUED")], NOW)
+    await store.let_parents_wait([after], [hit])
+    assert await waitpoints(pool) == {
+        (winner.id, "p1", "env_1", "PENDING"),
+        (winner.id, "p2", "env_1", "PENDING"),
     }
 
 

@@ -63,6 +63,14 @@ def options(**values: Any) -> dict[str, Any]:
         (options(ttl="9999w"), "options.ttl: is more than ten years ahead"),
         (options(idempotency_key="k", idempotency_key_ttl="x"), "options.idempotency_key_ttl: 'x' is not"),
         (options(debounce={"key": "k", "delay": "x"}), "options.debounce.delay: 'x' is not"),
+        (
+            options(debounce={"key": "k", "delay": "5s", "max_delay": "5s"}),
+            "options.debounce.max_delay: must be longer than options.debounce.delay",
+        ),
+        (
+            options(delay="1m", debounce={"key": "k", "delay": "5s", "max_delay": "1m"}),
+            "options.debounce.max_delay: must be longer than options.delay",
+        ),
         (options(run_id="mine"), "options.run_id: must be run_"),
         (options(run_id="run_"), "options.run_id: must be run_"),
         (options(run_id="run_a b"), "options.run_id: must be run_"),
@@ -145,6 +153,17 @@ def test_instants_count_from_the_stream_entry() -> None:
     assert run.idempotency_key_expires_at == CREATED + timedelta(days=1)
     assert build(options(idempotency_key="k")).idempotency_key_expires_at == CREATED + timedelta(days=30)
     assert build(options(debounce={"key": "k", "delay": "5s"})).delay_until == CREATED + timedelta(seconds=5)
+
+
+def test_a_debounced_run_is_delayed_and_bounded() -> None:
+    run = build(options(debounce={"key": "k", "delay": "5s", "max_delay": "1m", "mode": "leading"}))
+    assert (run.delay_until, run.debounce_until) == (
+        CREATED + timedelta(seconds=5),
+        CREATED + timedelta(minutes=1),
+    )
+    assert run.debounce_mode == "leading"
+    both = build(options(delay="1h", debounce={"key": "k", "delay": "5s"}))
+    assert (both.delay_until, both.debounce_until) == (CREATED + timedelta(hours=1), None)
 
 
 def test_building_twice_builds_the_same() -> None:

@@ -114,7 +114,7 @@ def report(tally: Tally, seen: Figures, checked: Verdict) -> RenderableType:
     table.add_row("passed through", _share(tally.passed, answered))
     table.add_row("mollified", _share(tally.mollified, answered))
     if tally.cached:
-        table.add_row("answered by an earlier run", _share(tally.cached, answered))
+        table.add_row("duplicate keys, one run each", _share(tally.cached, answered))
     table.add_section()
     table.add_row("rows, passed through", f"{seen.passed_peak:,} in the busiest second")
     table.add_row("rows, drained", f"{seen.drained_peak:,} in the busiest second")

@@ -19,7 +19,7 @@ NOISY = "env_1"
 REPLY_WITHIN_S = 60.0
 
 KEYED_EVERY = 10
-DUPLICATED_SHARE = 0.0
+DUPLICATED_SHARE = 0.3
 """The share of keyed triggers that repeat the key of an earlier one of their environment and task."""
 
 _TASKS = ("send-email", "resize-image", "sync-invoice")

@@ -11,5 +11,8 @@ INSERT INTO mollifier.runs (
     cancelled_at, cancel_reason, error
 )
 SELECT new.* FROM unnest($1::mollifier.new_run[]) AS new
+WHERE new.one_time_use_token IS NULL OR NOT EXISTS (
+    SELECT FROM mollifier.run_aliases AS used WHERE used.one_time_use_token = new.one_time_use_token
+)
 ON CONFLICT DO NOTHING
 RETURNING id

@@ -1,0 +1,155 @@
+"""Inserting runs in bulk, and finding what stands in the way of those that were left out."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+
+from app.batch import Answer
+from app.errors import InternalError, OneTimeUseTokenUsed, RequestError, RunIdConflict
+from app.postgres import Connection, is_unavailable, refusal, statement
+from app.rows import Row
+from schemas.snapshot import Snapshot
+
+TRIES = 5
+
+Hindrance = asyncpg.Record | Exception | None
+"""What became of a row: None inserted, a record of `look_up_runs` what stands in its way, or its refusal."""
+
+
+async def insert_rows(
+    connection: Connection, rows: Sequence[Row], now: datetime, tries: int = TRIES
+) -> list[Hindrance]:
+    """Insert rows in one statement. One that fails is found by halving, so the others never know of it."""
+    # Batches that race for the same keys insert them in the same order: they wait for one another and do
+    # not deadlock.
+    ordered = sorted(rows, key=lambda row: row.run.idempotency_key or "")
+    try:
+        records = await fetch_apart(connection, statement("insert_runs"), [row.values() for row in ordered])
+    except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+        if tries <= 1:
+            raise
+        return await insert_rows(connection, rows, now, tries - 1)
+    except Exception as error:
+        if is_unavailable(error):
+            raise
+        if len(rows) == 1:
+            return [error]
+        half = len(rows) // 2
+        return [
+            *await insert_rows(connection, rows[:half], now),
+            *await insert_rows(connection, rows[half:], now),
+        ]
+    if len(records) == len(rows):
+        return [None] * len(rows)
+    return await _explain(connection, rows, {record["id"] for record in records}, now, tries)
+
+
+async def fetch_apart(connection: Connection, query: str, *arguments: Any) -> list[asyncpg.Record]:
+    """The records of a statement. Within a transaction, its failure undoes only itself."""
+    if not connection.is_in_transaction():
+        return list(await connection.fetch(query, *arguments))
+    async with connection.transaction():
+        return list(await connection.fetch(query, *arguments))
+
+
+async def _explain(
+    connection: Connection, rows: Sequence[Row], inserted: set[str], now: datetime, tries: int
+) -> list[Hindrance]:
+    """Say for each row whether it was inserted or what was in its way.
+
+    A key that has become free is freed, and what no longer has anything in its way is tried again.
+    """
+    hindrances: list[Hindrance] = [None] * len(rows)
+    left_out = []
+    for position, row in enumerate(rows):
+        if row.run.id in inserted:
+            inserted.discard(row.run.id)
+        else:
+            left_out.append(position)
+    found = await look_up(connection, [rows[position].run for position in left_out], now)
+    again = []
+    for position, record in zip(left_out, found, strict=True):
+        hindrances[position] = record
+        if not is_hindered(record):
+            again.append(position)
+    if again and tries > 1:
+        await free_keys(connection, [rows[position].run for position in again], now)
+        retried = await insert_rows(connection, [rows[position] for position in again], now, tries - 1)
+        for position, hindrance in zip(again, retried, strict=True):
+            hindrances[position] = hindrance
+    return hindrances
+
+
+async def look_up(connection: Connection, runs: Sequence[Snapshot], now: datetime) -> list[asyncpg.Record]:
+    """Per run, in order, the record of `look_up_runs`: what knows its id, or has its key or token."""
+    columns = zip(
+        *(
+            (run.id, run.environment_id, run.task, run.idempotency_key, run.one_time_use_token)
+            for run in runs
+        ),
+        strict=True,
+    )
+    records: list[asyncpg.Record] = await connection.fetch(statement("look_up_runs"), *columns, now)
+    return records
+
+
+async def free_keys(connection: Connection, runs: Sequence[Snapshot], now: datetime) -> None:
+    """Free the keys of runs from rows that failed or outlived them."""
+    await connection.execute(statement("free_keys"), *key_columns(runs), now)
+
+
+def key_columns(runs: Sequence[Snapshot]) -> tuple[list[str], list[str], list[str | None]]:
+    """Environments, tasks and idempotency keys: the arguments of the statements about keys."""
+    return (
+        [run.environment_id for run in runs],
+        [run.task for run in runs],
+        [run.idempotency_key for run in runs],
+    )
+
+
+def is_hindered(record: asyncpg.Record) -> bool:
+    """Whether anything stands in a run's way, but for a key that is free."""
+    is_free = record["winner_id"] is None or record["winner_key_is_free"]
+    return record["own_environment_id"] is not None or record["token_is_used"] or not is_free
+
+
+def own_answer(run: Snapshot, record: asyncpg.Record) -> Answer | RequestError | None:
+    """The answer if the id itself is known."""
+    if record["own_environment_id"] is None:
+        return None
+    if (record["own_environment_id"], record["own_organization_id"]) != (
+        run.environment_id,
+        run.organization_id,
+    ):
+        return RunIdConflict()
+    if run.debounce_key is not None and record["own_run_id"] != run.id:
+        return Answer(
+            record["own_run_id"], record["own_span_id"], record["own_delay_until"], False, is_cached=True
+        )
+    return Answer(run.id, run.span_id, record["own_delay_until"], record["own_is_buffered"])
+
+
+def answer(run: Snapshot, hindrance: Hindrance) -> Answer | RequestError:
+    """What a request is told about its row."""
+    if hindrance is None:
+        return Answer(run.id, run.span_id, run.delay_until, is_mollified=run.buffered_at is not None)
+    if isinstance(hindrance, Exception):
+        return refusal(hindrance)
+    own = own_answer(run, hindrance)
+    if own is not None:
+        return own
+    if hindrance["token_is_used"]:
+        return OneTimeUseTokenUsed()
+    if hindrance["winner_id"] is None or hindrance["winner_key_is_free"]:
+        return InternalError()
+    if hindrance["winner_organization_id"] != run.organization_id:
+        return RunIdConflict("options.idempotency_key: this key cannot be used")
+    return Answer(
+        hindrance["winner_id"],
+        hindrance["winner_span_id"],
+        hindrance["winner_delay_until"],
+        is_mollified=False,
+        is_cached=True,
+    )
