@@ -17,7 +17,6 @@ from app.errors import (
 )
 from app.keys import Keys
 from app.redis_client import Call, Scripts
-from app.run_ids import is_derived
 from app.settings import Settings
 from schemas.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
@@ -48,7 +47,7 @@ class RedisBuffer:
         groups = self._group(runs)
         calls = []
         for partition, environments in groups.items():
-            keys = [self._keys.ready(partition)]
+            keys = [self._keys.ready(partition), self._keys.arrivals(partition), self._keys.totals(partition)]
             claim_keys: list[str] = []
             head = (self._settings.max_buffered_per_env, self._keys.wake, len(environments))
             arguments: list[str | bytes | int] = list(head)
@@ -128,18 +127,6 @@ class RedisBuffer:
     async def release(self, runs: Sequence[Snapshot]) -> None:
         """See `ports.Buffer.release`."""
         await self._scripts.run([call for call, _ in self._chosen("release", runs)])
-
-    async def retire(self, runs: Sequence[Snapshot]) -> None:
-        """See `ports.Reservations.retire`."""
-        by_partition: defaultdict[int, list[Snapshot]] = defaultdict(list)
-        for run in runs:
-            if run.idempotency_key is not None:
-                by_partition[self._keys.environment(run.environment_id).partition].append(run)
-        calls = [call for call, _ in self._chosen("release", [run for run in runs if not is_derived(run.id)])]
-        for some in by_partition.values():
-            ends = [part for run in some for part in (run.id, "", 1)]
-            calls.append(Call("settle_claims", [self._keys.claim(run) for run in some], ends))
-        await self._scripts.run(calls)
 
     def _chosen(self, script: str, runs: Iterable[Snapshot]) -> list[tuple[Call, list[Snapshot]]]:
         by_partition: defaultdict[int, list[Snapshot]] = defaultdict(list)

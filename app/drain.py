@@ -1,10 +1,11 @@
-"""The way of a buffered run, from the buffer to its row, one turn at a time. DESIGN section 9.
+"""The way of a buffered run, from the buffer to its row, one batch at a time. DESIGN section 9.
 
 The order is the correctness argument. Entries are settled only after Postgres has committed them
 (or a dead letter has), so a crash anywhere repeats work and never loses it; rows that are there
 already are ignored, so repeating is harmless. One drainer holds an environment, so its order holds.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ from datetime import UTC, datetime
 import msgspec
 from msgspec.structs import replace
 
-from app.errors import StoreUnavailable
+from app import run_ids
+from app.batch_size import BatchSize
+from app.errors import StatementTimedOut, StoreUnavailable
 from app.ports import Graveyard, Materialiser, Reservations, Taken, Turns
-from app.rows import Materialised, Row, status_at
+from app.rows import Materialised, Row, row_at
 from app.settings import Settings
 from app.telemetry import Telemetry
+from schemas.overlay import decode_overlay
 from schemas.snapshot import Snapshot, decode_snapshot
 
 
@@ -51,31 +55,48 @@ class Drain:
         self._materialiser = materialiser
         self._graveyard = graveyard
         self._reservations = reservations
-        self._batch_size = settings.drain_batch_size
         self._telemetry = telemetry
         self._clock = clock
+        self._size = BatchSize(
+            settings.drain_batch_size, settings.drain_target_latency_ms / 1000, telemetry.drain_batch_size
+        )
 
     async def turn(self) -> int:
-        """Materialise one batch; how many entries it held, 0 when there are none.
+        """Take one batch and materialise it; how many entries it held, 0 when there are none.
+
+        Raises:
+            StoreUnavailable, Unreachable: see `take` and `handle`.
+        """
+        taken = await self.take()
+        return await self.handle(taken) if taken else 0
+
+    async def take(self) -> Sequence[Taken]:
+        """The entries whose turn it is, held for `handle`.
+
+        Raises:
+            Unreachable: the buffer cannot be reached.
+        """
+        return await self._turns.take(self._size.current)
+
+    async def handle(self, taken: Sequence[Taken]) -> int:
+        """Materialise entries that were taken; how many.
 
         Raises:
             StoreUnavailable: Postgres cannot be written; the entries are back in their place.
             Unreachable: Redis went silent; the entries are taken again in time.
         """
-        taken = await self._turns.take(self._batch_size)
-        if not taken:
-            return 0
         now = self._clock()
         loads = unpack(taken, now)
         try:
             await self._write([load for load in loads if load.row is not None], now)
             await self._write_failures([load for load in loads if load.trouble and load.row is not None], now)
-        except StoreUnavailable:
-            await self._turns.put_back(taken)
+        except StoreUnavailable as error:
+            await self._turns.put_back(taken, apart=isinstance(error, StatementTimedOut))
             raise
         await self._bury([load for load in loads if load.trouble])
-        await self._turns.settle(taken)
-        await self._reservations.retire([load.row.run for load in loads if load.row is not None])
+        runs = [load.row.run for load in loads if load.row is not None]
+        await self._turns.settle(taken, runs)
+        await self._reservations.release([run for run in runs if not run_ids.is_derived(run.id)])
         self._count(loads, now)
         return len(loads)
 
@@ -83,7 +104,11 @@ class Drain:
         rows = [load.row for load in loads if load.row is not None]
         if not rows:
             return
-        for load, result in zip(loads, await self._materialiser.materialise(rows, now), strict=True):
+        started = time.perf_counter()
+        results = await self._materialiser.materialise(rows, now)
+        self._size.observe(time.perf_counter() - started)
+        self._telemetry.committed(time.perf_counter() - started)
+        for load, result in zip(loads, results, strict=True):
             load.result = result
             load.trouble = result.error or ""
 
@@ -110,14 +135,16 @@ class Drain:
 
 
 def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
-    """The rows that entries become; an entry that cannot be read has none."""
+    """The rows that entries become, with what was changed since; an entry that cannot be read has none."""
     loads = []
     for one in taken:
         for entry_id, snapshot in one.entries:
             load = Load(one.environment_id, entry_id, snapshot)
             try:
-                run = decode_snapshot(snapshot)
-                load.row = Row(_without_expired_key(run, now), status_at(run, now))
+                changes = one.overlays.get(entry_id)
+                overlay = None if changes is None else decode_overlay(changes)
+                run = _without_expired_key(decode_snapshot(snapshot), now)
+                load.row = row_at(run, overlay, now)
             except (msgspec.MsgspecError, UnicodeError, ValueError, OverflowError) as error:
                 load.trouble = f"the snapshot cannot be read: {error}"
             loads.append(load)

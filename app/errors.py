@@ -22,6 +22,7 @@
         ├── RunBusy                    503 run_busy               retryable
         ├── BufferUnavailable          503 buffer_unavailable     retryable
         ├── StoreUnavailable           503 store_unavailable      retryable
+        │   └── StatementTimedOut      503 store_unavailable      a statement hung and was cut off
         └── InternalError              500 internal_error         retryable
 
 Adapters translate their driver's errors into these once; the core asks only `retryable`.
@@ -141,6 +142,10 @@ class BufferUnavailable(RequestError):
 class StoreUnavailable(RequestError):
     code, status, retryable = "store_unavailable", 503, True
     default = "The database cannot be written just now. Try again."
+
+
+class StatementTimedOut(StoreUnavailable):
+    """Postgres was reached, and one statement took so long that it was cut off."""
 
 
 class InternalError(RequestError):

@@ -1,5 +1,7 @@
 """Inserting runs in bulk, and finding what stands in the way of those that were left out."""
 
+import asyncio
+import random
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -8,20 +10,25 @@ import asyncpg
 
 from app.batch import Answer
 from app.errors import InternalError, OneTimeUseTokenUsed, RequestError, RunIdConflict
-from app.postgres import Connection, is_unavailable, refusal, statement
+from app.postgres import Connection, is_final, is_unavailable, refusal, statement
 from app.rows import Row
 from schemas.snapshot import Snapshot
 
 TRIES = 5
+
+_TRY_AGAIN_S = (0.02, 0.1)
 
 Hindrance = asyncpg.Record | Exception | None
 """What became of a row: None inserted, a record of `look_up_runs` what stands in its way, or its refusal."""
 
 
 async def insert_rows(
-    connection: Connection, rows: Sequence[Row], now: datetime, tries: int = TRIES
+    connection: Connection, rows: Sequence[Row], now: datetime, *, attempts: int = 1, tries: int = TRIES
 ) -> list[Hindrance]:
-    """Insert rows in one statement. One that fails is found by halving, so the others never know of it."""
+    """Insert rows in one statement. One that fails is found by halving, so the others never know of it.
+
+    A row is tried `attempts` times before those after it, where another try can help.
+    """
     # Batches that race for the same keys insert them in the same order: they wait for one another and do
     # not deadlock.
     ordered = sorted(rows, key=lambda row: row.run.idempotency_key or "")
@@ -30,17 +37,20 @@ async def insert_rows(
     except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
         if tries <= 1:
             raise
-        return await insert_rows(connection, rows, now, tries - 1)
+        return await insert_rows(connection, rows, now, attempts=attempts, tries=tries - 1)
     except Exception as error:
         if is_unavailable(error):
             raise
-        if len(rows) == 1:
+        if len(rows) > 1:
+            half = len(rows) // 2
+            return [
+                *await insert_rows(connection, rows[:half], now, attempts=attempts),
+                *await insert_rows(connection, rows[half:], now, attempts=attempts),
+            ]
+        if attempts <= 1 or is_final(error):
             return [error]
-        half = len(rows) // 2
-        return [
-            *await insert_rows(connection, rows[:half], now),
-            *await insert_rows(connection, rows[half:], now),
-        ]
+        await asyncio.sleep(random.uniform(*_TRY_AGAIN_S))
+        return await insert_rows(connection, rows, now, attempts=attempts - 1)
     if len(records) == len(rows):
         return [None] * len(rows)
     return await _explain(connection, rows, {record["id"] for record in records}, now, tries)
@@ -76,7 +86,7 @@ async def _explain(
             again.append(position)
     if again and tries > 1:
         await free_keys(connection, [rows[position].run for position in again], now)
-        retried = await insert_rows(connection, [rows[position] for position in again], now, tries - 1)
+        retried = await insert_rows(connection, [rows[position] for position in again], now, tries=tries - 1)
         for position, hindrance in zip(again, retried, strict=True):
             hindrances[position] = hindrance
     return hindrances

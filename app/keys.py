@@ -15,10 +15,26 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:{p}:entries:<env>    stream   buffer, turns              the buffer: fields run_id, snapshot
     ns:{p}:index:<env>      hash     buffer, turns              run id -> entry id
     ns:{p}:drain:<env>      hash     buffer, turns              organization_id, queued, holder, taken, done
+    ns:{p}:overlays:<env>   hash     buffer                     run id -> changes since it was accepted
     ns:{p}:claim:<digest>   string   claims, buffer             `pending:<token>`, or the winner's run id
-    ns:{p}:ready            sorted   buffer, turns              environments with entries, by last turn
+    ns:{p}:ready            sorted   buffer, turns              environments with entries, by the oldest
+    ns:{p}:arrivals         sorted   buffer, turns              environments that became ready, for the turns
+    ns:{p}:totals           hash     buffer, turns              queued: entries of all environments
     ns:{p}:grace            sorted   turns                      `<entry id> <env>` -> when to forget it
     ns:{p}:chosen           hash     buffer                     caller-chosen id -> environment, till a row
+
+    ns:{turns}              prefix   turns                      whose turn it is, over all partitions:
+      :organizations        sorted   turns (schedule)           organizations with entries, by virtual time
+      :choosable            sorted   turns (schedule)           those of them that have something not held
+      :idle                 sorted   turns (schedule)           those without entries that are ahead of time
+      :environments:<org>   sorted   turns (schedule)           its environments; +inf while held
+      :states               hash     turns (schedule)           environment -> what is known of it
+      :clocks               hash     turns (schedule)           organization (or '' for all) -> virtual time
+      :weights              hash     turns                      organization -> weight, where it is not 1
+      :resting              sorted   turns (schedule)           environments that failed -> when to try again
+      :held:<consumer>      hash     turns (schedule)           environment -> entries that it was handed
+      :takers               set      turns (schedule)           drainers that hold something
+      :bucket               hash     turns (schedule)           tokens of DRAIN_MAX_RATE
 
 In `chosen` the partition is that of the run id.
 """
@@ -39,6 +55,7 @@ class EnvironmentKeys:
     entries: str
     index: str
     drain: str
+    overlays: str
 
 
 class Keyed(Protocol):
@@ -64,6 +81,7 @@ class Keys:
         self.group = namespace
         self.wake = f"{namespace}:wake"
         self.fleet_gate = f"{namespace}:gate"
+        self.turns = f"{namespace}:{{turns}}"
         self.environment = lru_cache(maxsize=65_536)(self._environment)
 
     def partition(self, text: str) -> int:
@@ -79,6 +97,7 @@ class Keys:
             f"{tag}:entries:{environment_id}",
             f"{tag}:index:{environment_id}",
             f"{tag}:drain:{environment_id}",
+            f"{tag}:overlays:{environment_id}",
         )
 
     def claim(self, run: "Keyed") -> str:
@@ -89,6 +108,12 @@ class Keys:
 
     def ready(self, partition: int) -> str:
         return f"{self.namespace}:{{{partition}}}:ready"
+
+    def arrivals(self, partition: int) -> str:
+        return f"{self.namespace}:{{{partition}}}:arrivals"
+
+    def totals(self, partition: int) -> str:
+        return f"{self.namespace}:{{{partition}}}:totals"
 
     def grace(self, partition: int) -> str:
         return f"{self.namespace}:{{{partition}}}:grace"

@@ -78,14 +78,6 @@ class Reservations(Protocol):
         """
         ...
 
-    async def retire(self, runs: Sequence[Snapshot]) -> None:
-        """Let go of the ids and the published claims of runs that are rows by now: Postgres guards them.
-
-        Raises:
-            Unreachable: some may still be held; that is harmless.
-        """
-        ...
-
 
 class Settlement(NamedTuple):
     """The end of a claim that has the value `expected`: published with a run id, or released with ''."""
@@ -182,33 +174,39 @@ class Store(Protocol):
 
 
 class Taken(NamedTuple):
-    """The oldest entries of one environment, held by a drainer: (entry id, encoded snapshot), in order."""
+    """The oldest entries of one environment, held by a drainer: (entry id, encoded snapshot), in order.
+
+    `overlays` has what was changed since, by entry id.
+    """
 
     environment_id: str
     entries: Sequence[tuple[str, bytes]]
+    overlays: Mapping[str, bytes] = {}
 
 
 class Turns(Protocol):
     """Whose turn it is to be drained, and the entries that come with a turn."""
 
     async def take(self, most: int) -> Sequence[Taken]:
-        """Take up to about `most` entries of the environments that have waited longest; none: nothing to do.
+        """Take up to `most` entries of the environments whose turn it is; none: nothing to do.
 
         Raises:
             Unreachable: the buffer cannot be reached.
         """
         ...
 
-    async def settle(self, taken: Sequence[Taken]) -> None:
-        """Take entries off the buffer: Postgres (or a dead letter) has them.
+    async def settle(self, taken: Sequence[Taken], runs: Sequence[Snapshot]) -> None:
+        """Take entries off the buffer: Postgres (or a dead letter) has them. The claims of `runs` end.
 
         Raises:
             Unreachable: it is not known whether that was done; they may be handed out again.
         """
         ...
 
-    async def put_back(self, taken: Sequence[Taken]) -> None:
+    async def put_back(self, taken: Sequence[Taken], *, apart: bool) -> None:
         """Return entries to the buffer, in their place.
+
+        `apart`: one of the environments may hang the others, so each is taken on its own next time, later.
 
         Raises:
             Unreachable: it is not known whether that was done.

@@ -9,7 +9,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
-from app.errors import InternalError, InvalidRequest, RequestError, StoreUnavailable
+from app.errors import InternalError, InvalidRequest, RequestError, StatementTimedOut, StoreUnavailable
 
 Connection = Any
 """An asyncpg connection, pooled or not."""
@@ -52,11 +52,16 @@ async def acquire(pool: "asyncpg.Pool[asyncpg.Record]", timeout_s: float) -> Asy
 
     Raises:
         StoreUnavailable: none could be had in time, or Postgres failed while it was used.
+        StatementTimedOut: a statement took longer than the pool's limit.
     """
+    is_acquired = False
     try:
         async with pool.acquire(timeout=timeout_s) as connection:
+            is_acquired = True
             yield connection
     except Exception as error:
+        if is_acquired and isinstance(error, TimeoutError | asyncpg.QueryCanceledError):
+            raise StatementTimedOut from error
         if is_unavailable(error):
             raise StoreUnavailable from error
         raise
@@ -71,11 +76,18 @@ def is_unavailable(error: Exception) -> bool:
     return isinstance(error, OSError | TimeoutError)
 
 
+def is_final(error: Exception) -> bool:
+    """Whether the fault is the row's own: trying again cannot help."""
+    state = getattr(error, "sqlstate", None) or ""
+    return isinstance(error, ValueError) or state[:2] in _REFUSED_CLASSES
+
+
 def refusal(error: Exception) -> RequestError:
     """What a request whose row Postgres refuses is told."""
-    state = getattr(error, "sqlstate", None)
-    if isinstance(error, ValueError) or (state or "")[:2] in _REFUSED_CLASSES:
-        return InvalidRequest(f"The run cannot be stored (SQLSTATE {state or '22000'}).")
+    if is_final(error):
+        return InvalidRequest(
+            f"The run cannot be stored (SQLSTATE {getattr(error, 'sqlstate', None) or '22000'})."
+        )
     return InternalError()
 
 

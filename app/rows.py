@@ -4,6 +4,9 @@ from datetime import datetime
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
+from msgspec.structs import replace
+
+from schemas.overlay import Overlay
 from schemas.snapshot import Snapshot
 
 Status = Literal[
@@ -100,6 +103,24 @@ def status_at(run: Snapshot, now: datetime) -> Status:
     if run.delay_until is not None and run.delay_until > now:
         return "DELAYED"
     return "QUEUED"
+
+
+def row_at(run: Snapshot, overlay: Overlay | None, now: datetime) -> Row:
+    """The row that a buffered run has at a given time, with what was changed since it was accepted.
+
+    A cancelled run is `CANCELED` whatever else has come about (G10).
+    """
+    if overlay is None:
+        return Row(run, status_at(run, now))
+    changed = replace(
+        run,
+        delay_until=overlay.delay_until or run.delay_until,
+        tags=run.tags if overlay.tags is None else overlay.tags,
+        metadata=run.metadata if overlay.metadata is None else overlay.metadata,
+    )
+    if overlay.cancelled_at is None:
+        return Row(changed, status_at(changed, now))
+    return Row(changed, "CANCELED", overlay.cancelled_at, overlay.cancel_reason)
 
 
 def _text(json: bytes | None) -> str | None:

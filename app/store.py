@@ -24,6 +24,7 @@ class PostgresStore:
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]", settings: Settings) -> None:
         self._pool = pool
         self._timeout_s = settings.store_timeout_ms / 1000
+        self._drain_attempts = settings.drain_max_attempts
 
     async def insert(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Answer | RequestError]:
         """See `ports.Store.insert`."""
@@ -66,10 +67,8 @@ class PostgresStore:
     async def materialise(self, rows: Sequence[Row], now: datetime) -> Sequence[Materialised]:
         """See `ports.Materialiser.materialise`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            results = [
-                _materialised(row, hindrance)
-                for row, hindrance in zip(rows, await insert_rows(connection, rows, now), strict=True)
-            ]
+            hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
+            results = [_materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)]
             aliases = [
                 (row.run.id, result.winner_id, row.run.environment_id)
                 for row, result in zip(rows, results, strict=True)

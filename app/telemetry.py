@@ -104,6 +104,17 @@ class Telemetry:
             buckets=_SLOW,
             registry=registry,
         )
+        self._commits = Histogram(
+            "mollifier_drain_commit_seconds",
+            "Time that Postgres takes to commit one batch of the drain.",
+            buckets=_FAST,
+            registry=registry,
+        )
+        self._drain_batch_size = Gauge(
+            "mollifier_drain_batch_size",
+            "Rows that the drain commits at once; it follows the time of commits.",
+            registry=registry,
+        )
         self._ready = Gauge(
             "mollifier_ready", "1 while the process has what it needs to work, else 0.", registry=registry
         )
@@ -186,6 +197,13 @@ class Telemetry:
             self._drained.labels(result).inc(count)
         for dwell_s in dwells_s:
             self._dwell.observe(max(0.0, dwell_s))
+
+    def committed(self, seconds: float) -> None:
+        """Postgres took so long to commit one batch of the drain."""
+        self._commits.observe(seconds)
+
+    def drain_batch_size(self, size: int) -> None:
+        self._drain_batch_size.set(size)
 
     def ready(self, is_ready: bool) -> None:
         self._ready.set(is_ready)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import asyncpg
 from redis.asyncio import Redis
 
+from app import operator_settings
 from app.buffer import RedisBuffer
 from app.claims import RedisClaims
 from app.drain import Drain
@@ -13,6 +14,7 @@ from app.gate import RedisGate
 from app.health import Health
 from app.heartbeat import Heartbeat, consumer_name
 from app.keys import Keys
+from app.operator_settings import OperatorSettings
 from app.pipeline import Pipeline
 from app.postgres import create_pool
 from app.redis_client import Scripts, connect
@@ -68,6 +70,14 @@ class World:
         """Let everything go. Statements under way have been waited for by then."""
         await self.redis.aclose()
         self.pool.terminate()
+
+    async def operator_settings(self) -> OperatorSettings:
+        """What operators have decided.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be read.
+        """
+        return await operator_settings.load(self.pool, self.settings.store_timeout_ms / 1000)
 
     def trigger_stream(self) -> RequestStream:
         """The trigger stream, as this process' consumer sees it."""

@@ -82,9 +82,6 @@ class FakeBuffer:
         taken = is_reserved and self.chosen[run.id] != run.environment_id
         return RunIdConflict() if taken else None
 
-    async def retire(self, runs: Sequence[Snapshot]) -> None:
-        await self.release(runs)
-
     async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
         return [
             _parent(child, self.runs.get((child.environment_id, child.parent_run_id or "")))

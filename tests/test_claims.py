@@ -165,8 +165,8 @@ async def test_a_materialised_run_gives_its_claim_to_postgres(
     mine = keyed()
     buffer, turns = make_buffer(), make_turns(ack_grace_ttl_s=0)
     await buffer.accept([mine], await claim(claims, mine))
-    await turns.settle(await turns.take(9))
-    await buffer.retire([mine])
+    await turns.settle(await turns.take(9), [mine])
+    await turns.report()
     while await turns.forget():
         pass
     assert await client.keys("*") == []

@@ -1,14 +1,18 @@
 """The buffer as drainers see it: taking, settling, putting back, taking over, forgetting. G2, G9."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import pytest
 from redis.asyncio import Redis
 
 from app.buffer import RedisBuffer
+from app.errors import Unreachable
 from app.heartbeat import Heartbeat
 from app.keys import Keys
 from app.ports import Taken
-from app.redis_client import Scripts
+from app.redis_client import Call, Scripts
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
 from schemas.snapshot import Snapshot, decode_snapshot
@@ -36,6 +40,27 @@ async def alive(client: Redis, consumer: str, ttl_ms: int = 60_000) -> Heartbeat
     return heart
 
 
+@contextmanager
+def silence_after(turns: RedisTurns, script: str) -> Iterator[None]:
+    """A script is run and its answer is lost."""
+    scripts = turns._scripts
+    demand = scripts.demand
+
+    async def lossy(calls: Sequence[Call]) -> list[Any]:
+        answers = await demand(calls)
+        if any(call.name == script for call in calls):
+            raise Unreachable("Redis: lost")
+        return answers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts, "demand", lossy)
+        yield
+
+
+async def schedule_keys(client: Redis) -> list[Any]:
+    return list(await client.keys("mollifier:{turns}*"))
+
+
 async def test_g9_entries_come_in_the_order_accepted(
     make_buffer: Callable[..., RedisBuffer], make_turns: Callable[..., RedisTurns]
 ) -> None:
@@ -43,10 +68,10 @@ async def test_g9_entries_come_in_the_order_accepted(
     turns = make_turns()
     first = await turns.take(3)
     assert ids(first) == [one.id for one in runs[:3]]
-    await turns.settle(first)
+    await turns.settle(first, [])
     second = await turns.take(3)
     assert ids(second) == [one.id for one in runs[3:]]
-    await turns.settle(second)
+    await turns.settle(second, [])
     assert await turns.take(3) == []
 
 
@@ -54,8 +79,29 @@ async def test_g2_what_is_not_settled_is_taken_again(
     make_buffer: Callable[..., RedisBuffer], make_turns: Callable[..., RedisTurns]
 ) -> None:
     runs = await accept(make_buffer, 3)
+    assert ids(await make_turns("drainer-1").take(2)) == [one.id for one in runs[:2]]
+    successor = make_turns("drainer-2")
+    inherited = await successor.take(9)
+    assert ids(inherited) == [one.id for one in runs[:2]], "no more: they may still be under way"
+    await successor.settle(inherited, [])
+    assert ids(await successor.take(9)) == [runs[2].id]
+
+
+async def test_g2_a_take_of_which_nobody_knows_is_taken_again(
+    client: Redis, make_buffer: Callable[..., RedisBuffer], make_turns: Callable[..., RedisTurns]
+) -> None:
+    runs = await accept(make_buffer, 3)
     turns = make_turns()
-    assert ids(await turns.take(3)) == ids(await turns.take(3)) == [one.id for one in runs]
+    for script in ("take", "settle"):
+        with silence_after(turns, script), pytest.raises(Unreachable):
+            await turns.settle(await turns.take(9), [])
+        if script == "take":
+            taken = await turns.take(9)
+            assert ids(taken) == [one.id for one in runs]
+            await turns.put_back(taken, apart=False)
+    assert await turns.take(9) == []
+    await turns.report()
+    assert await schedule_keys(client) == []
 
 
 async def test_entries_put_back_are_in_their_place(
@@ -63,7 +109,7 @@ async def test_entries_put_back_are_in_their_place(
 ) -> None:
     runs = await accept(make_buffer, 3)
     turns = make_turns()
-    await turns.put_back(await turns.take(2))
+    await turns.put_back(await turns.take(2), apart=False)
     more = await accept(make_buffer, 1)
     assert ids(await make_turns("drainer-2").take(9)) == [one.id for one in (*runs, *more)]
 
@@ -77,8 +123,8 @@ async def test_an_environment_is_held_by_one_living_drainer(
     held = await one.take(1)
     assert await two.take(9) == []
     await heart.remove()
-    assert ids(await two.take(9)) == [each.id for each in runs]
-    await one.settle(held)
+    assert ids(await two.take(9)) == [runs[0].id]
+    await one.settle(held, [])
     assert await client.hget(KEYS.environment("env_1").drain, "queued") == b"2", (
         "a hold that was lost settles nothing"
     )
@@ -92,7 +138,7 @@ async def test_turns_are_shared_between_environments(
         await accept(make_buffer, 1, f"light_{number}")
     taken = await make_turns().take(22)
     assert {one.environment_id: len(one.entries) for one in taken} == {
-        "heavy": 2,
+        "heavy": 12,
         **{f"light_{number}": 1 for number in range(10)},
     }
 
@@ -102,7 +148,7 @@ async def test_settled_entries_stay_readable_until_their_grace_is_over(
 ) -> None:
     (mine,) = await accept(make_buffer, 1)
     turns = make_turns(ack_grace_ttl_s=60)
-    await turns.settle(await turns.take(9))
+    await turns.settle(await turns.take(9), [])
     assert await turns.forget() == 0
     assert await make_buffer().recall([mine], []) != [None]
     (late,) = await accept(make_buffer, 1)
@@ -116,7 +162,7 @@ async def test_forgetting_leaves_nothing_behind(
     for environment in ("env_1", "env with spaces", "é:*"):
         await accept(make_buffer, 3, environment)
     while taken := await turns.take(4):
-        await turns.settle(taken)
+        await turns.settle(taken, [])
     while await turns.forget():
         pass
     assert await client.keys("*") == []
@@ -127,7 +173,7 @@ async def test_forgetting_spares_what_was_accepted_since(
 ) -> None:
     turns = make_turns(ack_grace_ttl_s=0)
     await accept(make_buffer, 2)
-    await turns.settle(await turns.take(9))
+    await turns.settle(await turns.take(9), [])
     (late,) = await accept(make_buffer, 1)
     assert await turns.forget() == 2
     assert ids(await turns.take(9)) == [late.id]
@@ -139,8 +185,8 @@ async def test_settling_twice_settles_once(
     await accept(make_buffer, 3)
     turns = make_turns()
     taken = await turns.take(2)
-    await turns.settle(taken)
-    await turns.settle(taken)
+    await turns.settle(taken, [])
+    await turns.settle(taken, [])
     assert await client.hget(KEYS.environment("env_1").drain, "queued") == b"1"
 
 
@@ -149,6 +195,6 @@ async def test_the_limit_counts_what_is_queued_not_what_is_remembered(
 ) -> None:
     buffer, turns = make_buffer(max_buffered_per_env=2), make_turns(ack_grace_ttl_s=60)
     await buffer.accept([run(), run()], [None] * 2)
-    await turns.settle(await turns.take(9))
+    await turns.settle(await turns.take(9), [])
     outcomes = await buffer.accept([run(), run(), run()], [None] * 3)
     assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "Answer", "QueueLimitExceeded"]

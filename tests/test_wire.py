@@ -515,6 +515,7 @@ class TestRows:
             "batch_index": 4,
             "debounce_key": None,
             "debounce_until": None,
+            "debounced_at": None,
             "one_time_use_token": None,
             "replayed_from_run_id": "old",
             "trace_id": TRACEPARENT[3:35],

@@ -1,16 +1,24 @@
-"""The drainer: materialises the buffer turn by turn, and sleeps until there is something in it."""
+"""The drainer: materialises the buffer batch by batch, and sleeps until there is something in it."""
 
+import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from faststream.redis import RedisBroker
 
 from app.backoff import Backoff
-from app.errors import StoreUnavailable, Unreachable
+from app.errors import StatementTimedOut, StoreUnavailable, Unreachable
+from app.operator_settings import OperatorSettings
+from app.ports import Taken
 from app.wiring import World
 from workers.process import Loop, Process, run
 
-_IDLE_S = 1.0
+LANES = 4
+"""Batches under way at once: while a statement hangs, other environments go on."""
+
+_LISTEN_S = 1.0
 _FORGET_EVERY_S = 1.0
+_LOOK_AT_SETTINGS_EVERY_S = 1.0
 _FIRST_RETRY_S = 0.1
 _LONGEST_RETRY_S = 5.0
 
@@ -23,33 +31,86 @@ class Drainer(Process):
         self._turns = world.turns()
         self._wake = world.wake()
         self._drain = world.drain(self._turns)
+        self._operators = OperatorSettings()
+        self._backoff = Backoff(_FIRST_RETRY_S, _LONGEST_RETRY_S)
+        self._trouble_s = 0.0
+        self._free = asyncio.Semaphore(LANES)
+        self._moved = asyncio.Event()
+        self._lanes: set[asyncio.Task[None]] = set()
         self._broker = RedisBroker(world.settings.redis_url, apply_types=False)
 
     def broker(self) -> RedisBroker:
         return self._broker
 
     def loops(self) -> Sequence[Loop]:
-        return (self._take_turns, self._forget_old)
+        return (self._take_turns, self._listen, self._forget_old, self._follow_operators)
 
     async def _take_turns(self) -> None:
-        telemetry = self.world.telemetry
-        backoff = Backoff(_FIRST_RETRY_S, _LONGEST_RETRY_S)
+        """Hand batches to free lanes, as long as there are any."""
         while not self.stopping.is_set():
             self.world.health.progress("drain")
-            try:
-                count = await self._drain.turn()
-            except StoreUnavailable as error:
-                telemetry.trouble("store.unavailable", error=repr(error.__cause__))
-                await self.pause(backoff.delay_s())
-            except Unreachable as error:
-                telemetry.unreachable("drain", error)
-                await self.pause(backoff.delay_s())
+            if self._operators.drain_paused or self._trouble_s:
+                await self._stand_still()
+                continue
+            await self._free.acquire()
+            self._moved.clear()
+            taken = await self._take()
+            if taken:
+                lane = asyncio.create_task(self._handle(taken))
+                self._lanes.add(lane)
+                lane.add_done_callback(self._lanes.discard)
             else:
-                backoff.reset()
-                if count:
-                    telemetry.batch("drain", count)
-                else:
-                    await self._wake.wait(_IDLE_S)
+                self._free.release()
+                await self._idle()
+
+    async def _take(self) -> Sequence[Taken]:
+        try:
+            return await self._drain.take()
+        except Unreachable as error:
+            self.world.telemetry.unreachable("drain", error)
+            self._trouble_s = self._backoff.delay_s()
+            return ()
+
+    async def _handle(self, taken: Sequence[Taken]) -> None:
+        try:
+            self.world.telemetry.batch("drain", await self._drain.handle(taken))
+            self._backoff.reset()
+        except StatementTimedOut as error:
+            # What hung is tried again on its own; the others need not wait.
+            self.world.telemetry.trouble("drain.timed_out", error=repr(error.__cause__))
+        except StoreUnavailable as error:
+            self.world.telemetry.trouble("store.unavailable", error=repr(error.__cause__))
+            self._trouble_s = self._backoff.delay_s()
+        except Unreachable as error:
+            self.world.telemetry.unreachable("drain", error)
+            self._trouble_s = self._backoff.delay_s()
+        except Exception as error:
+            self.world.telemetry.failed("batch.failed", error, environments=len(taken))
+            self._trouble_s = self._backoff.delay_s()
+        finally:
+            self._free.release()
+            self._moved.set()
+
+    async def _idle(self) -> None:
+        """Wait until something has become ready, or a lane has given its environments back."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._turns.wait_s):
+                await self._moved.wait()
+
+    async def _listen(self) -> None:
+        while not self.stopping.is_set():
+            self.world.health.progress("listen")
+            if await self._wake.wait(_LISTEN_S):
+                self._moved.set()
+
+    async def _stand_still(self) -> None:
+        """Leave the environments to others, and wait until the trouble may be over."""
+        trouble_s, self._trouble_s = self._trouble_s, 0.0
+        try:
+            await self._turns.report()
+        except Unreachable as error:
+            self.world.telemetry.unreachable("drain", error)
+        await self.pause(trouble_s or _LOOK_AT_SETTINGS_EVERY_S)
 
     async def _forget_old(self) -> None:
         while not self.stopping.is_set():
@@ -60,6 +121,30 @@ class Drainer(Process):
             except Unreachable as error:
                 self.world.telemetry.unreachable("forget", error)
             await self.pause(_FORGET_EVERY_S)
+
+    async def _follow_operators(self) -> None:
+        """Hold what operators have decided; while Postgres is away, what they had."""
+        weights = None
+        while not self.stopping.is_set():
+            self.world.health.progress("operators")
+            try:
+                decided = await self.world.operator_settings()
+                if decided.drain_paused != self._operators.drain_paused:
+                    self.world.telemetry.event("drain.paused" if decided.drain_paused else "drain.resumed")
+                self._operators = decided
+                if decided.weights != weights:
+                    await self._turns.set_weights(decided.weights)
+                    weights = decided.weights
+            except StoreUnavailable as error:
+                self.world.telemetry.trouble("store.unavailable", error=repr(error.__cause__))
+            except Unreachable as error:
+                self.world.telemetry.unreachable("weights", error)
+            await self.pause(_LOOK_AT_SETTINGS_EVERY_S)
+
+    async def finish(self) -> None:
+        if self._lanes:
+            await asyncio.wait(self._lanes)
+        await self._turns.report()
 
     async def close(self) -> None:
         await self._wake.close()

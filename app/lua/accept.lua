@@ -2,7 +2,8 @@
 -- register the environment as ready. A run id that the buffer knows, queued or materialised a moment ago, is
 -- left as it is; a run whose key has a winner is answered with that winner.
 --
--- KEYS   1 ready; then per environment: entries, index, drain; then per run with a key, in order: its claim
+-- KEYS   1 ready    2 arrivals    3 totals; then per environment: entries, index, drain; then per run with a
+--        key, in order: its claim
 -- ARGV   1 most entries an environment may have queued, 0: no limit    2 the wake channel    3 environments
 --        then per environment: its id, its organization's id, n, and n times: run id, snapshot, the value its
 --        claim must have ('' when it has none), the life of the published claim in ms (0: no key)
@@ -14,10 +15,10 @@
 local limit, wake, environments = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local answer, argument, claim_key, woken = {}, 4, 1 + 3 * environments, false
+local answer, argument, claim_key, woken = {}, 4, 3 + 3 * environments, false
 
 for environment = 1, environments do
-  local entries, index, drain = KEYS[3 * environment - 1], KEYS[3 * environment], KEYS[3 * environment + 1]
+  local entries, index, drain = KEYS[3 * environment + 1], KEYS[3 * environment + 2], KEYS[3 * environment + 3]
   local id, organization, runs = ARGV[argument], ARGV[argument + 1], tonumber(ARGV[argument + 2])
   argument = argument + 3
   local queued = tonumber(redis.call('HGET', drain, 'queued')) or 0
@@ -62,7 +63,11 @@ for environment = 1, environments do
 
   if accepted > 0 then
     redis.call('HSET', drain, 'organization_id', organization, 'queued', queued + accepted)
+    redis.call('HINCRBY', KEYS[3], 'queued', accepted)
     if redis.call('ZADD', KEYS[1], 'NX', now, id) == 1 then
+      local generation = string.format('%.0f', time[1] * 1000000 + time[2])
+      redis.call('ZADD', KEYS[2], generation,
+        table.concat({ generation, accepted, #organization, organization .. id }, ' '))
       woken = true
     end
   end

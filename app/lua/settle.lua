@@ -1,37 +1,55 @@
 #!lua flags=allow-oom
--- Settle what a drainer took and Postgres has committed: up to the given entry of each environment.
--- The entries stay readable until the grace time is over (forget.lua).
+-- Settle what a drainer took and Postgres has committed: up to the given entry of each environment. With it
+-- end the published claims of their keys, which Postgres guards by now. The entries stay readable until the
+-- grace time is over (forget.lua).
 --
--- KEYS   1 ready    2 grace; then per environment: entries, drain
--- ARGV   1 the taker    2 grace time in ms; then per environment: its id, the last settled entry's id
---        ('' for none: only put back), how many were settled
--- return per environment: 1, or 0 when the taker no longer holds it
+-- KEYS   1 ready    2 grace    3 totals; then per environment: entries, drain, and the claims of its keyed runs
+-- ARGV   1 the taker    2 grace time in ms; then per environment: its id, the last settled entry's id ('' for
+--        none: all is put back), how many were settled, n, and the run ids that its n claims must name
+-- return per environment: {entries still queued, now as a generation}, or false when the taker no longer holds it
 --
 -- Safe to run twice: the second run finds that the taker holds nothing.
 
 local taker, grace = ARGV[1], tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local answer = {}
+local generation = string.format('%.0f', time[1] * 1000000 + time[2])
+local answer, key, argument = {}, 4, 3
 
-for environment = 1, (#KEYS - 2) / 2 do
-  local entries, drain = KEYS[2 * environment + 1], KEYS[2 * environment + 2]
-  local id, last, settled = ARGV[3 * environment], ARGV[3 * environment + 1], tonumber(ARGV[3 * environment + 2])
+while argument <= #ARGV do
+  local entries, drain = KEYS[key], KEYS[key + 1]
+  local id, last, settled, claims =
+    ARGV[argument], ARGV[argument + 1], tonumber(ARGV[argument + 2]), tonumber(ARGV[argument + 3])
+  key, argument = key + 2, argument + 4
+  local state = redis.call('HMGET', drain, 'holder', 'queued')
+  local queued = tonumber(state[2]) or 0
 
-  if redis.call('HGET', drain, 'holder') == taker then
+  if state[1] ~= taker then
+    answer[#answer + 1] = false
+  else
     redis.call('HDEL', drain, 'holder', 'taken')
     if settled > 0 then
       redis.call('HSET', drain, 'done', last)
-      local queued = redis.call('HINCRBY', drain, 'queued', -settled)
+      queued = redis.call('HINCRBY', drain, 'queued', -settled)
+      if redis.call('HINCRBY', KEYS[3], 'queued', -settled) <= 0 then
+        redis.call('DEL', KEYS[3])
+      end
       redis.call('ZADD', KEYS[2], now + grace, last .. ' ' .. id)
-      if queued <= 0 then
+      local oldest = queued > 0 and redis.call('XRANGE', entries, '(' .. last, '+', 'COUNT', 1)[1]
+      if oldest then
+        redis.call('ZADD', KEYS[1], 'XX', string.match(oldest[1], '^%d+'), id)
+      else
         redis.call('ZREM', KEYS[1], id)
       end
+      for claim = 0, claims - 1 do
+        if redis.call('GET', KEYS[key + claim]) == ARGV[argument + claim] then
+          redis.call('DEL', KEYS[key + claim])
+        end
+      end
     end
-    answer[environment] = 1
-  else
-    answer[environment] = 0
+    answer[#answer + 1] = { queued, generation }
   end
+  key, argument = key + claims, argument + claims
 end
 
 return answer

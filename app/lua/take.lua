@@ -2,34 +2,38 @@
 -- Take the oldest queued entries of environments of one partition: they are DRAINING until settled,
 -- put back, or their holder's heartbeat is gone.
 --
--- KEYS   1 ready; then per environment: entries, drain
+-- KEYS   1 ready; then per environment: entries, drain, overlays
 -- ARGV   1 the taker; then per environment: its id, the holder it is expected to have ('' for none), n
--- return per environment: its entries as {entry id, snapshot}, oldest first, at most n; or the name of
---        the other drainer that holds it
+-- return per environment: {now as a generation, then its oldest entries, at most n: {entry id, snapshot, overlay
+--        or false}}; or the name of the other drainer that holds it
 --
+-- Of an environment that a dead drainer held, just what that one had taken is taken: it may be under way still.
 -- Safe to run twice: the taker is handed the same entries again, since nothing past `done` was settled.
 
 local taker = ARGV[1]
 local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = string.format('%.0f', time[1] * 1000000 + time[2])
 local answer = {}
 
-for environment = 1, (#KEYS - 1) / 2 do
-  local entries, drain = KEYS[2 * environment], KEYS[2 * environment + 1]
+for environment = 1, (#KEYS - 1) / 3 do
+  local entries, drain, overlays = KEYS[3 * environment - 1], KEYS[3 * environment], KEYS[3 * environment + 1]
   local id, expected, most = ARGV[3 * environment - 1], ARGV[3 * environment], ARGV[3 * environment + 1]
-  local state = redis.call('HMGET', drain, 'holder', 'done')
+  local state = redis.call('HMGET', drain, 'holder', 'done', 'taken')
   local holder = state[1] or ''
   local taken = holder
 
   if holder == expected or holder == taker then
-    taken = {}
+    taken = { now }
     local start = state[2] and '(' .. state[2] or '-'
-    for i, entry in ipairs(redis.call('XRANGE', entries, start, '+', 'COUNT', most)) do
-      taken[i] = { entry[1], entry[2][4] }
+    local is_inherited = holder ~= '' and holder ~= taker and state[3]
+    local found = is_inherited and redis.call('XRANGE', entries, start, state[3])
+      or redis.call('XRANGE', entries, start, '+', 'COUNT', most)
+    local has_overlays = #found > 0 and redis.call('EXISTS', overlays) == 1
+    for i, entry in ipairs(found) do
+      taken[i + 1] = { entry[1], entry[2][4], has_overlays and redis.call('HGET', overlays, entry[2][2]) }
     end
-    if #taken > 0 then
-      redis.call('HSET', drain, 'holder', taker, 'taken', taken[#taken][1])
-      redis.call('ZADD', KEYS[1], 'XX', now, id)
+    if #found > 0 then
+      redis.call('HSET', drain, 'holder', taker, 'taken', found[#found][1])
     else
       redis.call('ZREM', KEYS[1], id)
       redis.call('HDEL', drain, 'holder', 'taken')

@@ -1,0 +1,27 @@
+"""What was changed on a buffered run after it was accepted; merged when the run is read or materialised.
+
+Like a snapshot it is stored by one version of this program and read by another: fields are only ever
+added, each with a default that means no change.
+"""
+
+from datetime import datetime
+
+import msgspec
+
+
+class Overlay(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """All changes to one run so far; `revision` counts them. What is None was not changed.
+
+    `metadata` is JSON text, as bytes; `tags` are all of the run's tags.
+    """
+
+    revision: int
+    cancelled_at: datetime | None = None
+    cancel_reason: str | None = None
+    delay_until: datetime | None = None
+    tags: tuple[str, ...] | None = None
+    metadata: bytes | None = None
+
+
+encode_overlay = msgspec.msgpack.Encoder().encode
+decode_overlay = msgspec.msgpack.Decoder(Overlay).decode
