@@ -19,7 +19,8 @@ from app.cli.report import judge
 from app.migrate import migrations
 from app.settings import Settings
 from tests.processes import Workers
-from tests.waiting import eventually, fetch
+from tests.producer import new_environment, producing, request
+from tests.waiting import eventually, fetch, runs_of, stays_so
 
 COMMAND = [sys.executable, "-m", "app.cli"]
 NOBODY = "127.0.0.1:1"
@@ -263,3 +264,37 @@ def _is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+async def test_the_drain_is_paused_and_resumed(workers: Workers, redis_url: str, database_url: str) -> None:
+    """Within two seconds; what is buffered meanwhile waits, and nothing is lost."""
+    variables = {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
+    settings = {"trip_threshold": 1, "trip_window_ms": 60_000}
+    lines = await workers.start_ready("triggers drainer", redis_url, database_url, **settings)
+    drainer = lines[1]
+    paused = run("drain", "pause", variables=variables)
+    assert (paused.returncode, paused.stdout) == (0, "the drain stands still within two seconds\n")
+
+    async def says(event: str) -> None:
+        assert len(drainer.log(event)) == 1
+
+    await eventually(lambda: says("drain.paused"), within_s=2)
+    environment = new_environment()
+    async with producing(redis_url) as producer:
+        replies = await producer.ask_all([request(environment)] * 10)
+    buffered = {reply["run"]["id"] for reply in replies if reply["is_mollified"]}
+    assert buffered
+
+    async def rows(count: int) -> None:
+        assert len(await runs_of(database_url, environment)) == count
+
+    await stays_so(lambda: rows(10 - len(buffered)), for_s=1.5)
+    resumed = run("drain", "resume", variables=variables)
+    assert (resumed.returncode, resumed.stdout) == (0, "the drain goes on within two seconds\n")
+    await eventually(lambda: rows(10), within_s=3)
+
+
+def test_the_drain_cannot_be_paused_without_postgres() -> None:
+    done = run("drain", "pause", variables={"DATABASE_URL": f"postgresql://{NOBODY}/x"})
+    assert done.returncode == 1
+    assert "DATABASE_URL" in done.stderr

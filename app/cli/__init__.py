@@ -7,6 +7,7 @@ import typer
 from app.cli.config import config
 from app.cli.demo import demo
 from app.cli.dev import dev
+from app.cli.drain import drain
 from app.cli.migrate import migrate
 from app.cli.trigger import trigger
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 for command in (demo, dev, trigger, migrate, config):
     app.command()(command)
+app.add_typer(drain, name="drain")
 
 
 def main() -> None:
