@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from app import run_ids
 from app.batch_size import BatchSize
-from app.errors import StatementTimedOut, StoreUnavailable
+from app.errors import StatementTimedOut, StoreUnavailable, Unreachable
 from app.ports import Graveyard, Materialiser, Reservations, Taken, Turns
 from app.rows import Materialised, Row, row_at
 from app.settings import Settings
@@ -85,14 +85,24 @@ class Drain:
             StoreUnavailable: Postgres cannot be written; the entries are back in their place.
             Unreachable: Redis went silent; the entries are taken again in time.
         """
-        now = self._clock()
-        loads = unpack(taken, now)
         try:
-            await self._write([load for load in loads if load.row is not None], now)
-            await self._write_failures([load for load in loads if load.trouble and load.row is not None], now)
+            return await self._handle(taken)
         except StoreUnavailable as error:
             await self._turns.put_back(taken, apart=isinstance(error, StatementTimedOut))
             raise
+        except Unreachable:
+            await self._turns.put_back(taken, apart=False)
+            raise
+        except Exception:
+            # Nobody expected it, so nobody knows whose fault it was.
+            await self._turns.put_back(taken, apart=True)
+            raise
+
+    async def _handle(self, taken: Sequence[Taken]) -> int:
+        now = self._clock()
+        loads = unpack(taken, now)
+        await self._write([load for load in loads if load.row is not None], now)
+        await self._write_failures([load for load in loads if load.trouble and load.row is not None], now)
         await self._bury([load for load in loads if load.trouble])
         runs = [load.row.run for load in loads if load.row is not None]
         await self._turns.settle(taken, runs)

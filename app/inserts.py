@@ -11,7 +11,7 @@ import asyncpg
 from app.batch import Answer
 from app.errors import InternalError, OneTimeUseTokenUsed, RequestError, RunIdConflict
 from app.postgres import Connection, is_final, is_unavailable, refusal, statement
-from app.rows import Row
+from app.rows import COLUMNS, Row
 from schemas.snapshot import Snapshot
 
 TRIES = 5
@@ -20,6 +20,19 @@ _TRY_AGAIN_S = (0.02, 0.1)
 
 Hindrance = asyncpg.Record | Exception | None
 """What became of a row: None inserted, a record of `look_up_runs` what stands in its way, or its refusal."""
+
+
+async def copy_rows(connection: Connection, rows: Sequence[Row]) -> bool:
+    """Insert rows by COPY, the fastest way: all of them, or none if anything is in the way of one."""
+    try:
+        await connection.copy_records_to_table(
+            "runs", schema_name="mollifier", columns=COLUMNS, records=[row.values() for row in rows]
+        )
+    except Exception as error:
+        if is_unavailable(error):
+            raise
+        return False
+    return True
 
 
 async def insert_rows(

@@ -10,7 +10,7 @@ import asyncpg
 from app.batch import Answer, Parent
 from app.debounce import debounce
 from app.errors import RequestError
-from app.inserts import Hindrance, answer, insert_rows, key_columns, look_up, own_answer
+from app.inserts import Hindrance, answer, copy_rows, insert_rows, key_columns, look_up, own_answer
 from app.ports import KeyHolder
 from app.postgres import Connection, acquire, refusal, statement
 from app.rows import Materialised, Row, status_at
@@ -67,6 +67,8 @@ class PostgresStore:
     async def materialise(self, rows: Sequence[Row], now: datetime) -> Sequence[Materialised]:
         """See `ports.Materialiser.materialise`."""
         async with acquire(self._pool, self._timeout_s) as connection:
+            if await copy_rows(connection, rows):
+                return [Materialised("inserted")] * len(rows)
             hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
             results = [_materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)]
             aliases = [

@@ -19,12 +19,13 @@ from app.pipeline import Pipeline
 from app.postgres import create_pool
 from app.redis_client import Scripts, connect
 from app.replies import RedisDesk
+from app.schedule import Wake
 from app.settings import Settings
 from app.store import PostgresStore
 from app.store_health import StoreHealth
 from app.streams import RequestStream
 from app.telemetry import Telemetry
-from app.turns import RedisTurns, Wake
+from app.turns import RedisTurns
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ async def test_a_materialised_run_gives_its_claim_to_postgres(
     buffer, turns = make_buffer(), make_turns(ack_grace_ttl_s=0)
     await buffer.accept([mine], await claim(claims, mine))
     await turns.settle(await turns.take(9), [mine])
-    await turns.report()
+    await turns.schedule.flush()
     while await turns.forget():
         pass
     assert await client.keys("*") == []

@@ -53,7 +53,7 @@ async def test_accepting_is_refused_and_draining_goes_on(
     assert isinstance(refused, BufferUnavailable)
     assert [type(found) for found in await buffer.recall([mine], [mine])] == [Answer]
     await turns.settle(await turns.take(9), [])
-    await turns.report()
+    await turns.schedule.flush()
     await buffer.release([mine])
     assert await turns.forget() == 1
     assert await client.keys("*") == []

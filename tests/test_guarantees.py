@@ -59,7 +59,7 @@ def paused(processes: list[Worker]) -> Iterator[None]:
 async def gate_and_buffer(producer: Producer, environment: str) -> dict[str, Any]:
     """What gate and buffer hold of an environment, by key, without what drainers note there."""
     names = sorted(name.decode() for name in await producer.redis.keys(f"*{environment}*"))
-    names = [name for name in names if ":drain:" not in name]
+    names = [name for name in names if ":drain:" not in name and ":{turns}:" not in name]
     return {name: await producer.redis.dump(name) for name in names}
 
 

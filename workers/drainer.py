@@ -94,20 +94,21 @@ class Drainer(Process):
     async def _idle(self) -> None:
         """Wait until something has become ready, or a lane has given its environments back."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._turns.wait_s):
+            async with asyncio.timeout(self._turns.schedule.wait_s):
                 await self._moved.wait()
 
     async def _listen(self) -> None:
         while not self.stopping.is_set():
             self.world.health.progress("listen")
             if await self._wake.wait(_LISTEN_S):
+                self._turns.schedule.stir()
                 self._moved.set()
 
     async def _stand_still(self) -> None:
         """Leave the environments to others, and wait until the trouble may be over."""
         trouble_s, self._trouble_s = self._trouble_s, 0.0
         try:
-            await self._turns.report()
+            await self._turns.schedule.flush()
         except Unreachable as error:
             self.world.telemetry.unreachable("drain", error)
         await self.pause(trouble_s or _LOOK_AT_SETTINGS_EVERY_S)
@@ -133,7 +134,7 @@ class Drainer(Process):
                     self.world.telemetry.event("drain.paused" if decided.drain_paused else "drain.resumed")
                 self._operators = decided
                 if decided.weights != weights:
-                    await self._turns.set_weights(decided.weights)
+                    await self._turns.schedule.set_weights(decided.weights)
                     weights = decided.weights
             except StoreUnavailable as error:
                 self.world.telemetry.trouble("store.unavailable", error=repr(error.__cause__))
@@ -144,7 +145,7 @@ class Drainer(Process):
     async def finish(self) -> None:
         if self._lanes:
             await asyncio.wait(self._lanes)
-        await self._turns.report()
+        await self._turns.schedule.flush()
 
     async def close(self) -> None:
         await self._wake.close()

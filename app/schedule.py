@@ -1,0 +1,237 @@
+"""Whose turn it is to be drained: organizations by weighted virtual time, then the environments of one.
+
+The schedule (`lua/schedule.lua`) is one for all drainers and all partitions. It hands environments out, and
+a drainer has each of its own to itself until it reports what it did, or its heartbeat is gone.
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from redis.asyncio import Redis
+
+from app.keys import Keys
+from app.redis_client import LOST, Call, Scripts
+from app.settings import Settings
+
+_QUANTA = 25
+"""Parts of a batch: while others wait, an environment gets one at a time, times its organization's weight."""
+
+_ARRIVALS = 64
+_LOOK_EVERY_S = 0.25
+"""How often a busy drainer looks who arrived and who died."""
+
+
+class Report(NamedTuple):
+    """What a drainer did with an environment: entries that it took, and how many are left (None: unknown).
+
+    `generation` is the server's time, in us, of which that is true.
+    """
+
+    taken: int
+    left: int | None
+    generation: int
+    outcome: str
+
+
+class Arrival(NamedTuple):
+    """An environment that became ready. `member` is how the partition's set has it."""
+
+    partition: int
+    member: bytes
+    environment: bytes
+    generation: bytes
+    entries: bytes
+    organization: bytes
+
+    @classmethod
+    def read(cls, partition: int, member: bytes) -> "Arrival":
+        """From `<generation> <entries> <length of organization> <organization><environment>`."""
+        generation, entries, length, names = member.split(b" ", 3)
+        end = int(length)
+        return cls(partition, member, names[end:], generation, entries, names[:end])
+
+
+class Schedule:
+    """One drainer's view of the schedule: what it was handed, and what it has to report."""
+
+    def __init__(self, scripts: Scripts, keys: Keys, settings: Settings, consumer: str) -> None:
+        self._scripts = scripts
+        self._keys = keys
+        self._consumer = consumer
+        self._rate = settings.drain_max_rate
+        self._reports: dict[str, Report] = {}
+        self._held: set[str] = set()
+        self._is_sure = True
+        self._is_stirred = True
+        self._looked = 0.0
+        self.wait_s = 0.0
+        """After nothing was handed out: how long that may stay so if nothing arrives."""
+
+    def stir(self) -> None:
+        """Something has become ready: look there first."""
+        self._is_stirred = True
+
+    def report(self, environment: str, report: Report) -> None:
+        """Give an environment back, with the next call."""
+        self._held.discard(environment)
+        self._reports[environment] = report
+
+    def forget(self, environments: Iterable[str]) -> None:
+        """Give environments back of which it is not known what was done; they are handed out again."""
+        for environment in environments:
+            self.report(environment, Report(0, None, 0, "done"))
+
+    async def flush(self) -> None:
+        """Report at once.
+
+        Raises:
+            Unreachable: the schedule cannot be reached; the reports are kept.
+        """
+        if self._reports:
+            await self._call(0, ())
+
+    async def next(self, most: int) -> dict[str, int]:
+        """Be handed environments, and how many entries to take of each, `most` in all; empty: nothing to do.
+
+        Raises:
+            Unreachable: the schedule cannot be reached.
+        """
+        await self._recollect()
+        shares: dict[str, int] = {}
+        try:
+            await self._next(most, shares)
+        except BaseException:
+            self.forget(shares)
+            raise
+        return shares
+
+    async def _next(self, most: int, shares: dict[str, int]) -> None:
+        is_stirred, self._is_stirred = self._is_stirred, False
+        if not is_stirred:
+            shares |= await self._call(most, ())
+        if shares and time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        arrivals = await self._arrivals()
+        if not shares and (arrivals or is_stirred):
+            shares |= await self._call(most, arrivals)
+        elif arrivals:
+            await self._call(0, arrivals)
+        await self._strike_off(arrivals)
+        if not (shares and is_stirred) and await self._return_of_the_dead() and not shares:
+            shares |= await self._call(most, ())
+
+    async def _call(self, most: int, arrivals: Sequence[Arrival]) -> dict[str, int]:
+        """Report, announce arrivals, and be handed environments."""
+        reports, self._reports = self._reports, {}
+        head = (self._consumer, "0", most, max(1, most // _QUANTA), self._rate, len(reports))
+        arguments: list[str | bytes | int] = [*head]
+        for environment, (taken, left, generation, outcome) in reports.items():
+            arguments += (environment, taken, "" if left is None else left, generation, outcome)
+        for arrival in arrivals:
+            arguments += (arrival.environment, arrival.generation, arrival.entries, arrival.organization)
+        try:
+            ((wait_ms, *shares),) = await self._scripts.demand(
+                [Call("schedule", [self._keys.turns], arguments)]
+            )
+        except BaseException:
+            self._reports = reports | self._reports
+            self._is_sure = False
+            raise
+        self.wait_s = wait_ms / 1000
+        handed_out = {
+            environment.decode(): entries
+            for environment, entries in zip(shares[::2], shares[1::2], strict=True)
+        }
+        self._held |= handed_out.keys()
+        return handed_out
+
+    async def _recollect(self) -> None:
+        """Find out what was handed out in an answer that was lost."""
+        if self._is_sure:
+            return
+        (handed_out,) = await self._scripts.demand(
+            [Call("HKEYS", None, [f"{self._keys.turns}:held:{self._consumer}"])]
+        )
+        self._is_sure = True
+        self.forget({environment.decode() for environment in handed_out} - self._held - self._reports.keys())
+
+    async def _arrivals(self) -> list[Arrival]:
+        """Environments that have become ready and may not be in the schedule yet."""
+        partitions = range(self._keys.partitions)
+        calls = [
+            Call("ZRANGE", None, [self._keys.arrivals(partition), 0, _ARRIVALS - 1])
+            for partition in partitions
+        ]
+        return [
+            Arrival.read(partition, member)
+            for partition, members in zip(partitions, await self._scripts.demand(calls), strict=True)
+            for member in members
+        ]
+
+    async def _strike_off(self, arrivals: Sequence[Arrival]) -> None:
+        """Arrivals that the schedule has by now need not be announced again."""
+        by_partition: defaultdict[int, list[bytes]] = defaultdict(list)
+        for arrival in arrivals:
+            by_partition[arrival.partition].append(arrival.member)
+        await self._scripts.demand(
+            [
+                Call("ZREM", None, [self._keys.arrivals(partition), *members])
+                for partition, members in by_partition.items()
+            ]
+        )
+
+    async def _return_of_the_dead(self) -> int:
+        """Give back what drainers hold whose heartbeat is gone; how many those were."""
+        (members,) = await self._scripts.demand([Call("SMEMBERS", None, [f"{self._keys.turns}:takers"])])
+        others = sorted({member.decode() for member in members} - {self._consumer})
+        dead = await self.without_heartbeat(others)
+        await self._scripts.demand(
+            [Call("schedule", [self._keys.turns], [taker, "1", 0, 1, 0, 0]) for taker in dead]
+        )
+        return len(dead)
+
+    async def without_heartbeat(self, consumers: Sequence[str]) -> list[str]:
+        """Those of some consumers that are dead."""
+        calls = [Call("EXISTS", None, [self._keys.heartbeat(consumer)]) for consumer in consumers]
+        answers = await self._scripts.demand(calls)
+        return [consumer for consumer, exists in zip(consumers, answers, strict=True) if not exists]
+
+    async def set_weights(self, weights: Mapping[str, int]) -> None:
+        """Set the weights of organizations, for all drainers; those that are left out have 1.
+
+        Raises:
+            Unreachable: the schedule cannot be reached.
+        """
+        key = f"{self._keys.turns}:weights"
+        pairs = [part for organization, weight in weights.items() for part in (organization, weight)]
+        calls = [Call("MULTI", None, []), Call("DEL", None, [key]), Call("EXEC", None, [])]
+        if pairs:
+            calls.insert(2, Call("HSET", None, [key, *pairs]))
+        await self._scripts.demand(calls)
+
+
+class Wake:
+    """Wakes a drainer when an environment becomes ready. A lost message only costs the wait's timeout."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._pubsub = redis.pubsub()
+        self._channel = keys.wake
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Return when something may have become ready, at the latest after `timeout_s`: whether it may."""
+        try:
+            if not self._pubsub.subscribed:
+                await self._pubsub.subscribe(self._channel)
+                return True
+            message = await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout_s)
+        except LOST:
+            await asyncio.sleep(timeout_s)
+            return True
+        return message is not None
+
+    async def close(self) -> None:
+        await self._pubsub.aclose()  # type: ignore[no-untyped-call]
