@@ -5,6 +5,7 @@ import sys
 import typer
 
 from app.cli.config import config
+from app.cli.dead_letters import dead_letters
 from app.cli.demo import demo
 from app.cli.dev import dev
 from app.cli.drain import drain
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 for command in (demo, dev, trigger, migrate, config):
     app.command()(command)
+app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(drain, name="drain")
 
 
