@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from app.errors import RequestError
+from schemas.operations import OperationRequest
+from schemas.replies import KeyResetReply, RunDetailsReply, RunListReply
 from schemas.requests import TriggerRequest
 from schemas.snapshot import Snapshot
 
@@ -55,6 +57,10 @@ class Answer(NamedTuple):
     is_cached: bool = False
 
 
+Shown = RunDetailsReply | RunListReply | KeyResetReply
+"""The answer to an operation, but for its correlation id."""
+
+
 class DeadLetter(NamedTuple):
     """Why an entry is set aside. `reason` is a metric's label, `detail` a sentence."""
 
@@ -85,18 +91,21 @@ class Claim(NamedTuple):
 class Item:
     """One request on its way. Each step fills in its part; `outcome` ends the way.
 
-    `claim` and `followers` belong to the first request of an idempotency key; the others `follow` it.
-    A `suspended` item leaves its batch without an outcome: it `waits` for its key, or else its entry
-    stays pending and is handed out again.
+    `request` and `run` are a trigger's, `operation` and `shown` (its answer) an operation's. `claim` and
+    `followers` belong to the first request of an idempotency key; the others `follow` it. A `suspended` item
+    leaves its batch without an outcome: it `waits` for its key, or else its entry stays pending and is handed
+    out again.
     """
 
     entry: Entry
     reply_to: str | None = None
     correlation_id: str | None = None
     request: TriggerRequest | None = None
+    operation: OperationRequest | None = None
     run: Snapshot | None = None
     decision: Decision | None = None
     outcome: Answer | RequestError | None = None
+    shown: Shown | None = None
     dead_letter: DeadLetter | None = None
     claim: Claim | None = None
     followers: list["Item"] = field(default_factory=list)

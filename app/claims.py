@@ -20,7 +20,9 @@ PENDING = "pending:"
 
 
 class RedisClaims:
-    """Implements `ports.Claims` with `lua/claim.lua`, `find_winners.lua` and `settle_claims.lua`."""
+    """Implements `ports.Claims` with `lua/claim.lua`, `find_winners.lua` and `settle_claims.lua`; and
+    `scene.KeyHolders`.
+    """
 
     def __init__(self, scripts: Scripts, keys: Keys, settings: Settings) -> None:
         self._scripts = scripts
@@ -77,6 +79,15 @@ class RedisClaims:
                 arguments += (expected, winner_id, self._life_ms(run, now))
             calls.append(Call("settle_claims", keys, arguments))
         return len(settlements) - sum(sum(answer) for answer in await self._scripts.demand(calls))
+
+    async def holder(self, run: Snapshot) -> str | None:
+        """See `scene.KeyHolders.holder`."""
+        (value,) = await self._scripts.demand([Call("GET", None, [self._keys.claim(run)])])
+        return None if value is None or value.startswith(PENDING.encode()) else value.decode()
+
+    async def end(self, run: Snapshot, run_id: str) -> None:
+        """See `scene.KeyHolders.end`."""
+        await self._scripts.demand([Call("settle_claims", [self._keys.claim(run)], [run_id, "", 1])])
 
     def _life_ms(self, run: Snapshot, now: datetime) -> int:
         """How long a claim may live: as long as its key, within the bounds of the settings."""

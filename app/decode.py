@@ -1,6 +1,8 @@
 """Step 1: from a stream entry to a typed request, one entry at a time, whatever it holds."""
 
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 
@@ -8,6 +10,7 @@ from app.batch import Batch, DeadLetter, Item
 from app.envelope import address, open_envelope
 from app.errors import InvalidRequest, PayloadTooLarge, RequestError, Undecodable
 from app.settings import Settings
+from schemas.operations import OperationRequest
 from schemas.requests import TriggerRequest
 
 _OTHER_FIELDS_BYTES = 131_072
@@ -15,13 +18,27 @@ _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*)`)?$",
 _FIELD = re.compile(r"^Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
 _MISTAKE = {"contains unknown": "unknown field", "missing required": "required"}
 
-_decoder = msgspec.json.Decoder(TriggerRequest)
+_triggers = msgspec.json.Decoder(TriggerRequest)
+_operations: "msgspec.json.Decoder[OperationRequest]" = msgspec.json.Decoder(OperationRequest)
+
+Request = TypeVar("Request")
+
+
+def read_trigger(item: Item, body: bytes, longest: int) -> None:
+    """Fill in the request of a trigger."""
+    item.request = decode_trigger(body, longest)
+
+
+def read_operation(item: Item, body: bytes, longest: int) -> None:
+    """Fill in an operation."""
+    item.operation = decode_body(body, longest, _operations)
 
 
 class Decode:
     """Fills in each item's address and request, or its outcome."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, read: Callable[[Item, bytes, int], None] = read_trigger) -> None:
+        self._read = read
         self._reply_channels = settings.reply_channel_pattern
         self._longest = settings.max_payload_bytes + settings.max_metadata_bytes + _OTHER_FIELDS_BYTES
 
@@ -34,7 +51,7 @@ class Decode:
         try:
             body, item.reply_to, item.correlation_id = open_envelope(fields)
             if self._may_reply(item):
-                item.request = decode_body(body, self._longest)
+                self._read(item, body, self._longest)
         except RequestError as error:
             item.outcome = error
             if item.reply_to is None:
@@ -49,12 +66,17 @@ class Decode:
         return False
 
 
-def decode_body(body: bytes, longest: int) -> TriggerRequest:
+def decode_trigger(body: bytes, longest: int) -> TriggerRequest:
+    """The trigger request in a body; see `decode_body`."""
+    return decode_body(body, longest, _triggers)
+
+
+def decode_body(body: bytes, longest: int, decoder: "msgspec.json.Decoder[Request]") -> Request:
     """The request in a body.
 
     Raises:
         Undecodable: not UTF-8 or not JSON.
-        InvalidRequest: JSON, but not a trigger request; the message names the field.
+        InvalidRequest: JSON, but not such a request; the message names the field.
         PayloadTooLarge: longer than any request within the limits could be.
     """
     if len(body) > longest:
@@ -62,7 +84,7 @@ def decode_body(body: bytes, longest: int) -> TriggerRequest:
     try:
         if not body.isascii():
             body.decode()
-        request = _decoder.decode(body)
+        request = decoder.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequest(_explain(str(error))) from None
     except msgspec.DecodeError as error:

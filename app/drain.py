@@ -155,8 +155,8 @@ def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
                 overlay = None if changes is None else decode_overlay(changes)
                 run = _without_expired_key(decode_snapshot(snapshot), now)
                 load.row = row_at(run, overlay, now)
-            except (msgspec.MsgspecError, UnicodeError, ValueError, OverflowError) as error:
-                load.trouble = f"the snapshot cannot be read: {error}"
+            except Exception as error:  # whatever it holds, it is this entry's trouble alone
+                load.trouble = f"the snapshot cannot be read: {error!r}"
             loads.append(load)
     return loads
 

@@ -13,11 +13,12 @@ Handle = Callable[[Sequence[Entry]], Awaitable[None]]
 class Intake:
     """Runs batches side by side. What a batch leaves undone is still pending in Redis."""
 
-    def __init__(self, handle: Handle, batches: int, telemetry: Telemetry) -> None:
+    def __init__(self, handle: Handle, batches: int, telemetry: Telemetry, kind: str) -> None:
         self._handle = handle
         self._room = asyncio.Semaphore(batches)
         self._tasks: set[asyncio.Task[None]] = set()
         self._telemetry = telemetry
+        self._kind = kind
         self.held: set[str] = set()
 
     async def receive(self, entries: Sequence[Entry]) -> None:
@@ -32,7 +33,7 @@ class Intake:
 
     async def _run(self, entries: Sequence[Entry]) -> None:
         try:
-            self._telemetry.batch("trigger", len(entries))
+            self._telemetry.batch(self._kind, len(entries))
             await self._handle(entries)
         except Unreachable as error:
             self._telemetry.unreachable("batch", error)

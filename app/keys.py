@@ -8,6 +8,7 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:operations           stream   producers                  reads and changes
     ns:dead-letters         stream   workers, drainers          what could not be handled, and why
     ns:heartbeat:<consumer> string   every process that holds   "1" for HEARTBEAT_TTL_MS
+    ns:sweeper              string   sweeper (lease)            the consumer whose sweeper works
     ns:wake                 channel  buffer (accept)            an environment has become ready
     ns:reply:...            channel  workers                    one reply per request
     ns:gate                 string   gate                       the fleet's rate (GLOBAL_TRIP_THRESHOLD)
@@ -80,8 +81,11 @@ class Keys:
         self.dead_letters = f"{namespace}:dead-letters"
         self.group = namespace
         self.wake = f"{namespace}:wake"
+        self.sweeper = f"{namespace}:sweeper"
         self.fleet_gate = f"{namespace}:gate"
         self.turns = f"{namespace}:{{turns}}"
+        self.claims = f"{namespace}:{{*}}:claim:*"
+        """What all claims match; no character that a namespace may have means anything in a pattern."""
         self.environment = lru_cache(maxsize=65_536)(self._environment)
 
     def partition(self, text: str) -> int:

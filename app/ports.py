@@ -258,3 +258,83 @@ class Desk(Protocol):
             Unreachable: it is not known whether that was done; the entries may come again.
         """
         ...
+
+
+class Figures(NamedTuple):
+    """What is buffered at one moment.
+
+    `stale` has the entries whose dwell is over STALE_THRESHOLD_MS, about right where there are very many;
+    `stalest` the environments that have most of them, with how many.
+    """
+
+    depth: int
+    oldest_dwell_s: float
+    draining: int
+    stale: int
+    stalest: Sequence[tuple[str, int]]
+
+
+class Census(Protocol):
+    """The buffer as a whole, as the sweeper sees it."""
+
+    async def count(self) -> Figures:
+        """Count what is buffered.
+
+        Raises:
+            Unreachable: the buffer cannot be read.
+        """
+        ...
+
+    async def announce_lost(self) -> int:
+        """Announce environments, a bounded number, that are ready and that no drainer knows of; how many.
+
+        Raises:
+            Unreachable: it is not known whether that was done.
+        """
+        ...
+
+
+class Kept(NamedTuple):
+    """What is kept for runs until they are rows: (run id, key) of claims, (run id, environment id) of
+    reservations."""
+
+    claims: list[tuple[str, str]]
+    reservations: list[tuple[str, str]]
+
+
+class Leftovers(Protocol):
+    """What stays behind in Redis when processes die."""
+
+    async def drop_consumers(self) -> int:
+        """Drop dead consumers of the request streams that have nothing pending, a bounded number; how many.
+
+        Raises:
+            Unreachable: it is not known whether that was done.
+        """
+        ...
+
+    async def find(self) -> Kept:
+        """A bounded number of published claims and reservations; each call looks further, then starts over.
+
+        Raises:
+            Unreachable: they cannot be read.
+        """
+        ...
+
+    async def retire(self, kept: Kept) -> tuple[int, int]:
+        """End claims and reservations, each only if it is still that run's; how many claims, reservations.
+
+        Raises:
+            Unreachable: it is not known whether that was done.
+        """
+        ...
+
+
+class Rows(Protocol):
+    async def environments_of(self, run_ids: Sequence[str]) -> Mapping[str, str]:
+        """Of the ids that are rows by now, or stand for one, the environment.
+
+        Raises:
+            StoreUnavailable: Postgres cannot be read.
+        """
+        ...

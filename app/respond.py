@@ -3,6 +3,7 @@
 from datetime import datetime
 
 import msgspec
+from msgspec.structs import replace
 
 from app import run_ids
 from app.batch import Answer, Batch, DeadLetter, Item
@@ -44,6 +45,8 @@ def encode_reply(item: Item, now: datetime) -> bytes | None:
     """The JSON of an item's reply; None when there is nobody to send it to."""
     if item.reply_to is None:
         return None
+    if item.shown is not None:
+        return _encode(replace(item.shown, correlation_id=item.correlation_id))
     outcome = item.outcome
     if isinstance(outcome, Answer):
         is_delayed = outcome.delay_until is not None and outcome.delay_until > now

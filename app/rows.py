@@ -13,6 +13,8 @@ Status = Literal[
     "DELAYED", "QUEUED", "EXECUTING", "COMPLETED", "FAILED", "CANCELED", "EXPIRED", "SYSTEM_FAILURE"
 ]
 
+FINAL = frozenset(("COMPLETED", "FAILED", "CANCELED", "EXPIRED", "SYSTEM_FAILURE"))
+
 FROM_SNAPSHOT = (
     "id",
     "organization_id",
@@ -58,20 +60,35 @@ FROM_SNAPSHOT = (
 JSON_FROM_SNAPSHOT = ("metadata", "idempotency_key_options", "trace_context")
 """Columns of type jsonb, from a field that holds JSON text."""
 
-COLUMNS = (*FROM_SNAPSHOT, "status", *JSON_FROM_SNAPSHOT, "cancelled_at", "cancel_reason", "error")
+COLUMNS = (
+    *FROM_SNAPSHOT,
+    "status",
+    *JSON_FROM_SNAPSHOT,
+    "cancelled_at",
+    "cancel_reason",
+    "error",
+    "metadata_version",
+    "revision",
+    "applied",
+)
 """What a new row is given; the order of the type `mollifier.new_run`."""
 
 _fields = attrgetter(*FROM_SNAPSHOT)
 
 
 class Row(NamedTuple):
-    """A run about to be written, and what only a row has. `error` is JSON text."""
+    """A run and what only a row has. `error` is JSON text; `revision` counts the changes by operations, and
+    `applied` are the last of those, by stream entry.
+    """
 
     run: Snapshot
     status: Status
     cancelled_at: datetime | None = None
     cancel_reason: str | None = None
     error: str | None = None
+    metadata_version: int = 1
+    revision: int = 0
+    applied: tuple[str, ...] = ()
 
     def values(self) -> tuple[Any, ...]:
         """The values of `COLUMNS`."""
@@ -85,7 +102,15 @@ class Row(NamedTuple):
             self.cancelled_at,
             self.cancel_reason,
             self.error,
+            self.metadata_version,
+            self.revision,
+            self.applied,
         )
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing more will happen to the run."""
+        return self.status in FINAL
 
 
 class Materialised(NamedTuple):
@@ -117,10 +142,19 @@ def row_at(run: Snapshot, overlay: Overlay | None, now: datetime) -> Row:
         delay_until=overlay.delay_until or run.delay_until,
         tags=run.tags if overlay.tags is None else overlay.tags,
         metadata=run.metadata if overlay.metadata is None else overlay.metadata,
+        idempotency_key=None if overlay.is_key_reset else run.idempotency_key,
+        idempotency_key_expires_at=None if overlay.is_key_reset else run.idempotency_key_expires_at,
     )
-    if overlay.cancelled_at is None:
-        return Row(changed, status_at(changed, now))
-    return Row(changed, "CANCELED", overlay.cancelled_at, overlay.cancel_reason)
+    return Row(
+        changed,
+        status_at(changed, now) if overlay.cancelled_at is None else "CANCELED",
+        overlay.cancelled_at,
+        overlay.cancel_reason,
+        None,
+        overlay.metadata_version,
+        overlay.revision,
+        overlay.applied,
+    )
 
 
 def _text(json: bytes | None) -> str | None:

@@ -68,16 +68,16 @@ class PostgresStore:
         """See `ports.Materialiser.materialise`."""
         async with acquire(self._pool, self._timeout_s) as connection:
             if await copy_rows(connection, rows):
-                return [Materialised("inserted")] * len(rows)
-            hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
-            results = [_materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)]
-            aliases = [
-                (row.run.id, result.winner_id, row.run.environment_id)
-                for row, result in zip(rows, results, strict=True)
-                if result.winner_id is not None
-            ]
-            if aliases:
-                await connection.execute(statement("insert_aliases"), *zip(*aliases, strict=True))
+                results = [Materialised("inserted")] * len(rows)
+            else:
+                hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
+                results = [
+                    _materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)
+                ]
+                await _reconcile(connection, rows, results)
+            ended = [row.run.id for row in rows if row.is_final]
+            if ended:
+                await connection.execute(statement("complete_waitpoints"), ended)
         return results
 
     async def ping(self) -> float:
@@ -131,6 +131,21 @@ async def _let_parents_wait(
     ]
     if waitpoints:
         await connection.execute(statement("insert_waitpoints"), *zip(*waitpoints, strict=True))
+
+
+async def _reconcile(connection: Connection, rows: Sequence[Row], results: Sequence[Materialised]) -> None:
+    """Write down which rows are aliases, and amend those that were there without their last changes."""
+    materialised = list(zip(rows, results, strict=True))
+    aliases = [
+        (row.run.id, result.winner_id, row.run.environment_id)
+        for row, result in materialised
+        if result.winner_id is not None
+    ]
+    if aliases:
+        await connection.execute(statement("insert_aliases"), *zip(*aliases, strict=True))
+    changed = [row for row, result in materialised if result.result == "present" and row.revision]
+    if changed:
+        await connection.execute(statement("amend_runs"), [row.values() for row in changed])
 
 
 def _materialised(row: Row, hindrance: Hindrance) -> Materialised:

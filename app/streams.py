@@ -7,7 +7,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
 
 from app.batch import Entry
-from app.errors import Unreachable
+from app.errors import BufferUnavailable, Unreachable
 from app.keys import Keys
 from app.redis_client import LOST
 
@@ -19,7 +19,7 @@ _QUARANTINE = 3
 
 
 class RequestStream:
-    """One stream as one consumer sees it."""
+    """One stream as one consumer sees it; implements `scene.FrontDoor`."""
 
     def __init__(self, redis: Redis, keys: Keys, stream: str, consumer: str, reclaim_idle_ms: int) -> None:
         self._redis = redis
@@ -28,6 +28,18 @@ class RequestStream:
         self._group = keys.group
         self._consumer = consumer
         self._reclaim_idle_ms = reclaim_idle_ms
+
+    async def trigger(self, body: bytes, reply_to: str | None, correlation_id: str | None) -> None:
+        """See `scene.FrontDoor.trigger`."""
+        fields: dict[Any, Any] = {"body": body}
+        fields |= {"reply_to": reply_to} if reply_to else {}
+        fields |= {"correlation_id": correlation_id} if correlation_id else {}
+        try:
+            await self._redis.xadd(self._stream, fields)
+        except LOST as error:
+            raise Unreachable(f"Redis: {error}") from error
+        except ResponseError as error:
+            raise BufferUnavailable from error
 
     async def ensure_group(self) -> bool:
         """Create the group at the stream's beginning if it is not there; whether it had to be.

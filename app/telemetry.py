@@ -10,6 +10,7 @@ import time
 from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import nan
 from typing import Any
 
 import orjson
@@ -115,6 +116,34 @@ class Telemetry:
             "Rows that the drain commits at once; it follows the time of commits.",
             registry=registry,
         )
+        self._depth = Gauge(
+            "mollifier_buffer_depth", "Entries in the buffer, queued or draining.", registry=registry
+        )
+        self._oldest_dwell = Gauge(
+            "mollifier_buffer_oldest_dwell_seconds",
+            "How long the oldest entry has been in the buffer.",
+            registry=registry,
+        )
+        self._draining = Gauge(
+            "mollifier_buffer_draining", "Entries that drainers are writing.", registry=registry
+        )
+        self._stale = Gauge(
+            "mollifier_buffer_stale",
+            "Entries in the buffer whose dwell is over MOLLIFIER_STALE_THRESHOLD_MS.",
+            registry=registry,
+        )
+        self.buffered()
+        self._sweeping = Gauge(
+            "mollifier_sweeper_active",
+            "1 while this sweeper is the one that works, else 0.",
+            registry=registry,
+        )
+        self._passes = Counter(
+            "mollifier_sweeper_passes", "Passes of the sweeper, by result.", ["result"], registry=registry
+        )
+        self._swept = Counter(
+            "mollifier_swept", "What the sweeper put in order, by kind.", ["what"], registry=registry
+        )
         self._ready = Gauge(
             "mollifier_ready", "1 while the process has what it needs to work, else 0.", registry=registry
         )
@@ -178,7 +207,7 @@ class Telemetry:
         codes = Tally(
             item.outcome.code if isinstance(item.outcome, RequestError) else "run"
             for item in items
-            if item.outcome is not None
+            if item.outcome is not None or item.shown is not None
         )
         for code, count in codes.items():
             self._replies.labels(code).inc(count)
@@ -204,6 +233,35 @@ class Telemetry:
 
     def drain_batch_size(self, size: int) -> None:
         self._drain_batch_size.set(size)
+
+    def buffered(
+        self,
+        depth: float = nan,
+        oldest_dwell_s: float = nan,
+        draining: float = nan,
+        stale: float = nan,
+    ) -> None:
+        """The buffer's figures; without any they are not known (any more)."""
+        self._depth.set(depth)
+        self._oldest_dwell.set(oldest_dwell_s)
+        self._draining.set(draining)
+        self._stale.set(stale)
+
+    def found_stale(
+        self, entries: int, oldest_dwell_s: float, environments: Sequence[tuple[str, int]]
+    ) -> None:
+        """Report stale entries, with the environments that have most of them."""
+        self._say("stale", entries=entries, oldest_dwell_s=oldest_dwell_s, environments=dict(environments))
+
+    def sweeping(self, is_active: bool) -> None:
+        self._sweeping.set(is_active)
+
+    def swept(self, what: str, count: int) -> None:
+        """Count what was put in order."""
+        self._swept.labels(what).inc(count)
+
+    def passed(self, result: str) -> None:
+        self._passes.labels(result).inc()
 
     def ready(self, is_ready: bool) -> None:
         self._ready.set(is_ready)

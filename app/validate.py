@@ -131,22 +131,27 @@ def _payload(request: TriggerRequest, settings: Settings) -> bytes | None:
 
 
 def _metadata(options: Options, settings: Settings) -> bytes | None:
-    """The bytes of `options.metadata`: an object that Postgres' jsonb can hold."""
     if isinstance(options.metadata, msgspec.UnsetType):
         return None
-    metadata = bytes(options.metadata)
-    if len(metadata) > settings.max_metadata_bytes:
-        raise MetadataTooLarge(
-            f"options.metadata: {len(metadata)} bytes are more than {settings.max_metadata_bytes}"
-        )
+    return check_metadata("options.metadata", bytes(options.metadata), settings.max_metadata_bytes)
+
+
+def check_metadata(field: str, metadata: bytes, most_bytes: int) -> bytes:
+    """Metadata, if it is an object that Postgres' jsonb can hold.
+
+    Raises:
+        InvalidRequest, MetadataTooLarge: the message names `field`.
+    """
+    if len(metadata) > most_bytes:
+        raise MetadataTooLarge(f"{field}: {len(metadata)} bytes are more than {most_bytes}")
     if not metadata.startswith(b"{"):
-        raise InvalidRequest("options.metadata: must be an object")
+        raise InvalidRequest(f"{field}: must be an object")
     if _NUL_ESCAPE.search(metadata):
-        raise InvalidRequest("options.metadata: contains a NUL character")
+        raise InvalidRequest(f"{field}: contains a NUL character")
     try:
         orjson.loads(metadata)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"options.metadata: {error}") from None
+        raise InvalidRequest(f"{field}: {error}") from None
     return metadata
 
 

@@ -48,7 +48,12 @@ class WaitingRoom:
             item.suspended = item.waits = True
             since = self._clock() if item.waiting_since is None else item.waiting_since
             waiting = Item(
-                item.entry, item.reply_to, item.correlation_id, item.request, item.run, waiting_since=since
+                item.entry,
+                item.reply_to,
+                item.correlation_id,
+                item.request,
+                run=item.run,
+                waiting_since=since,
             )
             self._waiting.setdefault(_key(item), []).append(waiting)
             self.held.add(item.entry.id)

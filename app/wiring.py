@@ -8,22 +8,32 @@ from redis.asyncio import Redis
 
 from app import operator_settings
 from app.buffer import RedisBuffer
+from app.buffered_runs import RedisBufferedRuns
+from app.census import RedisCensus
 from app.claims import RedisClaims
 from app.drain import Drain
 from app.gate import RedisGate
 from app.health import Health
 from app.heartbeat import Heartbeat, consumer_name
 from app.keys import Keys
+from app.lease import Lease
+from app.leftovers import PostgresRows, RedisLeftovers
+from app.operate import Operate
+from app.operations import TABLE
+from app.operations.scene import Scene
 from app.operator_settings import OperatorSettings
 from app.pipeline import Pipeline
 from app.postgres import create_pool
 from app.redis_client import Scripts, connect
 from app.replies import RedisDesk
+from app.runs import Runs
 from app.schedule import Wake
 from app.settings import Settings
 from app.store import PostgresStore
 from app.store_health import StoreHealth
+from app.stored_runs import PostgresStoredRuns
 from app.streams import RequestStream
+from app.sweep import Sweep
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
 
@@ -80,10 +90,30 @@ class World:
         """
         return await operator_settings.load(self.pool, self.settings.store_timeout_ms / 1000)
 
-    def trigger_stream(self) -> RequestStream:
-        """The trigger stream, as this process' consumer sees it."""
-        return RequestStream(
-            self.redis, self.keys, self.keys.triggers, self.consumer, self.settings.reclaim_idle_ms
+    def request_stream(self, stream: str) -> RequestStream:
+        """A request stream, as this process' consumer sees it."""
+        return RequestStream(self.redis, self.keys, stream, self.consumer, self.settings.reclaim_idle_ms)
+
+    def operate(self) -> Operate:
+        """The way of an operation, on real servers."""
+        stored = PostgresStoredRuns(self.pool, self.settings)
+        buffered = RedisBufferedRuns(self.scripts, self.keys)
+        scene = Scene(
+            runs=Runs(stored, buffered, self.settings.mutate_wait_ms / 1000),
+            stored=stored,
+            buffered=buffered,
+            claims=RedisClaims(self.scripts, self.keys, self.settings),
+            keys=stored,
+            front_door=self.request_stream(self.keys.triggers),
+            settings=self.settings,
+        )
+        return Operate(
+            table=TABLE,
+            scene=scene,
+            reservations=self.buffer,
+            desk=RedisDesk(self.scripts, self.keys, self.keys.operations),
+            settings=self.settings,
+            telemetry=self.telemetry,
         )
 
     def pipeline(self) -> Pipeline:
@@ -116,5 +146,18 @@ class World:
             graveyard=RedisDesk(self.scripts, self.keys, self.keys.triggers),
             reservations=self.buffer,
             settings=self.settings,
+            telemetry=self.telemetry,
+        )
+
+    def lease(self) -> Lease:
+        """The sweepers' lease, as this process sees it."""
+        return Lease(self.scripts, self.keys, self.keys.sweeper, self.consumer)
+
+    def sweep(self) -> Sweep:
+        """The passes of the sweeper, on real servers."""
+        return Sweep(
+            census=RedisCensus(self.scripts, self.keys, self.settings),
+            leftovers=RedisLeftovers(self.scripts, self.keys, self.settings),
+            rows=PostgresRows(self.pool, self.settings),
             telemetry=self.telemetry,
         )

@@ -12,15 +12,20 @@ import msgspec
 class Overlay(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """All changes to one run so far; `revision` counts them. What is None was not changed.
 
-    `metadata` is JSON text, as bytes; `tags` are all of the run's tags.
+    `tags` are all of its tags, `metadata` is JSON text as bytes. `is_key_reset`: the run has no idempotency
+    key any more. `applied` are the last operations, by stream entry.
     """
 
     revision: int
+    changed_at: datetime | None = None
     cancelled_at: datetime | None = None
     cancel_reason: str | None = None
     delay_until: datetime | None = None
     tags: tuple[str, ...] | None = None
     metadata: bytes | None = None
+    metadata_version: int = 1
+    is_key_reset: bool = False
+    applied: tuple[str, ...] = ()
 
 
 encode_overlay = msgspec.msgpack.Encoder().encode

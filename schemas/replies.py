@@ -4,6 +4,8 @@ from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from schemas.run import RunDetails
+
 RunStatus = Literal["QUEUED", "DELAYED"]
 
 
@@ -57,4 +59,28 @@ class ErrorReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="error
     error: ErrorDetail
 
 
-Reply = RunReply | ErrorReply
+class RunDetailsReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="run_details"):
+    """The run that an operation was about, as it is now."""
+
+    correlation_id: str | None
+    run: RunDetails
+
+
+class RunListReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="run_list"):
+    """One page of runs, the newest first. `next_cursor` is null on the last one."""
+
+    correlation_id: str | None
+    runs: list[RunDetails]
+    next_cursor: str | None
+
+
+class KeyResetReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="idempotency_key_reset"):
+    """The key is free. `run_id` is the run that had it last."""
+
+    correlation_id: str | None
+    task: str
+    idempotency_key: str
+    run_id: str | None
+
+
+Reply = RunReply | RunDetailsReply | RunListReply | KeyResetReply | ErrorReply

@@ -111,6 +111,7 @@ class Producer:
         correlation_ids: Sequence[str | None] | None = None,
         reply: bool = True,
         at_once: bool = True,
+        stream: str | None = None,
     ) -> list[str]:
         """Append requests in one round trip; `at_once`: in one transaction, so that they are one batch."""
         names = [name or f"c{next(_numbers)}" for name in correlation_ids or [None] * len(bodies)]
@@ -118,7 +119,9 @@ class Producer:
         async with self.redis.pipeline(transaction=at_once) as pipeline:
             for name, body in zip(names, bodies, strict=True):
                 text = body if isinstance(body, bytes) else json.dumps(body).encode()
-                pipeline.xadd(self.stream, encode(text, self.channel(name) if reply else None, name))
+                pipeline.xadd(
+                    stream or self.stream, encode(text, self.channel(name) if reply else None, name)
+                )
             ids = await pipeline.execute()
         self.entry_ids.update(zip(names, (one.decode() for one in ids), strict=True))
         return names
@@ -150,6 +153,17 @@ class Producer:
     async def ask(self, body: object, within: float = 10) -> Reply:
         """Send one request and wait for its reply."""
         return await self.reply(await self.send(body), within)
+
+    async def operate(self, kind: str, environment: str, within: float = 10, **fields: object) -> Reply:
+        """Send one operation and wait for its reply. The organization is that of `request`."""
+        tenant = request(environment)["environment"]
+        body = {
+            "type": kind,
+            "environment": {name: tenant[name] for name in ("id", "organization_id")},
+            **fields,
+        }
+        (name,) = await self.send_all([body], stream=f"{self.group}:operations")
+        return await self.reply(name, within)
 
     async def ask_all(self, bodies: Sequence[object], within: float = 10) -> list[Reply]:
         """Send requests as one batch and wait for their replies, in order."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app import run_ids
 from app.batch import Batch, Item
-from app.decode import Decode, decode_body
+from app.decode import Decode, decode_trigger
 from app.durations import parse_delay, parse_duration, parse_ttl
 from app.errors import InvalidRequest, RequestError
 from app.settings import Settings
@@ -26,7 +26,7 @@ LONGEST = 1_000_000
 
 def build(content: dict[str, Any], settings: Settings = SETTINGS) -> Snapshot:
     one = entry(content)
-    return build_run(one, decode_body(one.fields[b"body"], LONGEST), settings)
+    return build_run(one, decode_trigger(one.fields[b"body"], LONGEST), settings)
 
 
 def refused(content: dict[str, Any], settings: Settings = SETTINGS) -> RequestError:
@@ -107,13 +107,13 @@ def test_limits_hold_at_the_byte(content: dict[str, Any], limits: dict[str, int]
 )
 def test_what_is_not_json_is_undecodable(raw: bytes) -> None:
     with pytest.raises(InvalidRequest, match=r"^body: "):
-        decode_body(raw, LONGEST)
+        decode_trigger(raw, LONGEST)
 
 
 @given(raw=st.binary(max_size=200))
 def test_no_bytes_escape_as_another_error(raw: bytes) -> None:
     with pytest.raises(RequestError):
-        decode_body(raw, LONGEST)
+        decode_trigger(raw, LONGEST)
 
 
 json_values = st.recursive(
@@ -134,14 +134,14 @@ json_values = st.recursive(
 def test_any_value_in_any_field_is_a_run_or_a_refusal(field: str, value: Any) -> None:
     raw = json.dumps({**body(), field: value}).encode()
     with suppress(InvalidRequest):
-        build_run(entry(raw), decode_body(raw, LONGEST), SETTINGS)
+        build_run(entry(raw), decode_trigger(raw, LONGEST), SETTINGS)
 
 
 @given(value=json_values, indent=st.sampled_from([None, 1]))
 def test_a_payload_is_kept_byte_for_byte(value: Any, indent: int | None) -> None:
     payload = json.dumps(value, indent=indent).encode()
     raw = json.dumps(body()).encode().replace(b'{"to": "ada@example.com"}', payload)
-    assert build_run(entry(raw), decode_body(raw, LONGEST), SETTINGS).payload == payload
+    assert build_run(entry(raw), decode_trigger(raw, LONGEST), SETTINGS).payload == payload
 
 
 def test_instants_count_from_the_stream_entry() -> None:
@@ -168,7 +168,7 @@ def test_a_debounced_run_is_delayed_and_bounded() -> None:
 
 def test_building_twice_builds_the_same() -> None:
     one = entry(options(delay="1h", idempotency_key="k", tags=["a", "a", "b"]))
-    request = decode_body(one.fields[b"body"], LONGEST)
+    request = decode_trigger(one.fields[b"body"], LONGEST)
     first = build_run(one, request, SETTINGS)
     assert first == build_run(one._replace(deliveries=4), request, SETTINGS)
     assert first.tags == ("a", "b")
@@ -227,7 +227,7 @@ def test_run_ids_sort_by_time_and_differ_by_place() -> None:
 @given(ms=st.integers(0, 2**64 - 1), sequence=st.integers(0, 2**64 - 1))
 def test_any_entry_id_gives_an_id_and_a_time(ms: int, sequence: int) -> None:
     one = entry(body())._replace(id=f"{ms}-{sequence}")
-    run = build_run(one, decode_body(one.fields[b"body"], LONGEST), SETTINGS)
+    run = build_run(one, decode_trigger(one.fields[b"body"], LONGEST), SETTINGS)
     assert run_ids.is_derived(run.id)
 
 

@@ -1,127 +1,28 @@
-"""The trigger worker: reads batches of requests and hands them to the pipeline, a few at a time."""
+"""The trigger worker: takes trigger requests through the pipeline."""
 
-import asyncio
-import logging
-from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Collection, Sequence
 
-from faststream import AckPolicy
-from faststream.message import StreamMessage
-from faststream.redis import RedisBroker, StreamSub
-
-from app.batch import Entry
-from app.errors import Unreachable
-from app.intake import Intake
-from app.redis_client import PatientRetry
 from app.wiring import World
-from workers.process import Loop, Process, run
-
-_BLOCK_MS = 1000
-_RECOVER_EVERY_S = 0.5
-_SUPERVISE_EVERY_S = 1.0
+from workers.consumer import Consumer
+from workers.process import Loop, run
 
 
-class Triggers(Process):
-    """Consumes the trigger stream as one member of the group."""
+class Triggers(Consumer):
+    """Consumes the trigger stream. What waits for an idempotency key is held beside its batch."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(world)
-        settings = world.settings
-        self._stream = world.trigger_stream()
         pipeline = world.pipeline()
+        super().__init__(world, world.keys.triggers, pipeline.handle, "trigger")
         self._waiting_room = pipeline.waiting_room
-        self._intake = Intake(pipeline.handle, settings.trigger_inflight_batches, world.telemetry)
-        self.retry = PatientRetry(lambda: world.health.progress("read"), self._read_failed)
-        self._broker = RedisBroker(
-            settings.redis_url,
-            retry=self.retry,
-            apply_types=False,
-            logger=logging.getLogger("mollifier.read"),
-        )
-        self._subscriber = self._broker.subscriber(
-            stream=StreamSub(
-                world.keys.triggers,
-                group=world.keys.group,
-                consumer=world.consumer,
-                batch=True,
-                max_records=settings.trigger_batch_size,
-                polling_interval=_BLOCK_MS,
-            ),
-            parser=_parse,
-            decoder=_entries,
-            ack_policy=AckPolicy.MANUAL,
-            no_reply=True,
-        )
-        # FastStream creates a missing group at `last_id`, and reads from `read_id`, which stays at ">": so
-        # what was queued before there was a group is read too.
-        self._subscriber.last_id = "0"
-        self._subscriber(self._receive)
-
-    def broker(self) -> RedisBroker:
-        return self._broker
 
     def loops(self) -> Sequence[Loop]:
-        return (self._supervise, self._recover, self._wait_for_keys)
+        return (*super().loops(), self._wait_for_keys)
 
-    async def _receive(self, entries: list[Entry]) -> None:
-        await self._intake.receive(entries)
-
-    def _read_failed(self, error: Exception) -> None:
-        self.world.telemetry.trouble("read.failed", error=str(error))
-
-    async def _supervise(self) -> None:
-        """Keep the group there and the reader reading, whatever happens to Redis."""
-        while not self.stopping.is_set():
-            try:
-                if await self._stream.ensure_group():
-                    self.world.telemetry.event("group.created", stream=self.world.keys.triggers)
-            except Unreachable as error:
-                self.world.telemetry.unreachable("group", error)
-            self.world.health.progress("supervise")
-            await self.pause(_SUPERVISE_EVERY_S)
-
-    async def _recover(self) -> None:
-        """Take over what nobody is working on, all the time."""
-        most = self.world.settings.trigger_batch_size
-        while not self.stopping.is_set():
-            found = 0
-            try:
-                why, batches = await self._stream.recover(self._intake.held | self._waiting_room.held, most)
-                found = sum(len(batch) for batch in batches)
-                if found:
-                    self.world.telemetry.recovered(why, found)
-                for batch in batches:
-                    await self._intake.receive(batch)
-            except Unreachable as error:
-                self.world.telemetry.unreachable("recover", error)
-            self.world.health.progress("recover", within_s=60)
-            if found < most:
-                await self.pause(_RECOVER_EVERY_S)
+    def held(self) -> Collection[str]:
+        return self._intake.held | self._waiting_room.held
 
     async def _wait_for_keys(self) -> None:
         await self._waiting_room.run(self.stopping)
-
-    async def finish(self) -> None:
-        self.retry.close()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(2 * _BLOCK_MS / 1000):
-                await self.retry.closed.wait()
-        await self._intake.finish()
-        await self._stream.leave()
-
-
-async def _parse(message: Any) -> StreamMessage[Any]:
-    """One batch as it was read: nothing is decoded here, so that a bad entry disturbs no other."""
-    return StreamMessage(raw_message=message, body=b"")
-
-
-async def _entries(message: StreamMessage[Any]) -> list[Entry]:
-    raw = message.raw_message
-    return [
-        Entry(entry_id.decode(), fields)
-        for entry_id, fields in zip(raw["message_ids"], raw["data"], strict=True)
-    ]
 
 
 if __name__ == "__main__":

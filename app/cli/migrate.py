@@ -43,7 +43,7 @@ async def _create_groups(settings: "Settings") -> list[str]:
     created = []
     redis = connect(settings.redis_url)
     try:
-        for stream in (keys.triggers,):
+        for stream in (keys.triggers, keys.operations):
             try:
                 await redis.xgroup_create(stream, keys.group, id="0", mkstream=True)
                 created.append(stream)

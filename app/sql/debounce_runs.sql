@@ -12,7 +12,7 @@ WITH debounced AS (
         is_test, depth, parent_run_id, root_run_id, resume_parent_on_completion, batch_id, batch_index,
         debounce_key, debounce_until, one_time_use_token, replayed_from_run_id, trace_id, span_id,
         parent_span_id, created_at, buffered_at, status, metadata, idempotency_key_options, trace_context,
-        cancelled_at, cancel_reason, error, debounced_at
+        cancelled_at, cancel_reason, error, metadata_version, revision, applied, debounced_at
     )
     SELECT new.* FROM unnest($1::mollifier.new_run[], $2::timestamptz[]) AS new
     ON CONFLICT (mollifier.key_digest(environment_id, task, debounce_key))

@@ -8,7 +8,7 @@ INSERT INTO mollifier.runs (
     is_test, depth, parent_run_id, root_run_id, resume_parent_on_completion, batch_id, batch_index,
     debounce_key, debounce_until, one_time_use_token, replayed_from_run_id, trace_id, span_id,
     parent_span_id, created_at, buffered_at, status, metadata, idempotency_key_options, trace_context,
-    cancelled_at, cancel_reason, error
+    cancelled_at, cancel_reason, error, metadata_version, revision, applied
 )
 SELECT new.* FROM unnest($1::mollifier.new_run[]) AS new
 WHERE new.one_time_use_token IS NULL OR NOT EXISTS (

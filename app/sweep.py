@@ -1,0 +1,81 @@
+"""One pass of the sweeper. DESIGN section 9.
+
+The figures come first, so no later step makes them wait. Each step is safe to repeat, and safe beside another
+sweeper that has not noticed yet that it lost the lease.
+"""
+
+from app.errors import StoreUnavailable
+from app.ports import Census, Kept, Leftovers, Rows
+from app.telemetry import Telemetry
+
+
+class Sweep:
+    """Looks after the whole buffer, a bounded piece of work at a time."""
+
+    def __init__(self, *, census: Census, leftovers: Leftovers, rows: Rows, telemetry: Telemetry) -> None:
+        self._census = census
+        self._leftovers = leftovers
+        self._rows = rows
+        self._telemetry = telemetry
+
+    async def make_pass(self) -> None:
+        """Make one pass; when it fails, the figures are not known until another succeeds.
+
+        Raises:
+            Unreachable: Redis went silent; what is left is for the next pass.
+        """
+        try:
+            await self._count()
+            await self._announce_lost()
+            await self._drop_consumers()
+            result = await self._retire()
+        except BaseException:
+            self._telemetry.buffered()
+            self._telemetry.passed("failed")
+            raise
+        self._telemetry.passed(result)
+
+    async def _count(self) -> None:
+        """Show the figures, and report entries whose dwell is over STALE_THRESHOLD_MS."""
+        figures = await self._census.count()
+        self._telemetry.buffered(figures.depth, figures.oldest_dwell_s, figures.draining, figures.stale)
+        if figures.stale:
+            self._telemetry.found_stale(figures.stale, figures.oldest_dwell_s, figures.stalest)
+
+    async def _announce_lost(self) -> None:
+        """Bring back environments that the schedule lost: nobody would drain them until they were empty."""
+        announced = await self._census.announce_lost()
+        if announced:
+            self._telemetry.swept("environment", announced)
+            self._telemetry.trouble("environments.announced", environments=announced)
+
+    async def _drop_consumers(self) -> None:
+        self._telemetry.swept("consumer", await self._leftovers.drop_consumers())
+
+    async def _retire(self) -> str:
+        """End claims and reservations of runs that are rows by now: Postgres guards their keys and ids.
+
+        The claim of a run that is no row stays, for the run may be buffered. Returns the result of the pass.
+        """
+        kept = await self._leftovers.find()
+        run_ids = {run_id for run_id, _ in (*kept.claims, *kept.reservations)}
+        if not run_ids:
+            return "complete"
+        try:
+            environments = await self._rows.environments_of(sorted(run_ids))
+        except StoreUnavailable as error:
+            self._telemetry.trouble("store.unavailable", error=repr(error.__cause__))
+            return "without_store"
+        claims, reservations = await self._leftovers.retire(
+            Kept(
+                [(run_id, key) for run_id, key in kept.claims if run_id in environments],
+                [
+                    (run_id, environment_id)
+                    for run_id, environment_id in kept.reservations
+                    if environments.get(run_id) == environment_id
+                ],
+            )
+        )
+        self._telemetry.swept("claim", claims)
+        self._telemetry.swept("reservation", reservations)
+        return "complete"
