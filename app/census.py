@@ -1,6 +1,5 @@
 """The sweeper's side of the buffer: what is in it, and the environments that no drainer knows of."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from app.keys import Keys
@@ -16,7 +15,8 @@ _LOOK_AT_ENTRIES = 200
 
 _NAMED = 10
 _SEARCH_ENVIRONMENTS = 4000
-_UNANNOUNCED_MS = 5000
+_READY_MS = 5000
+"""For how long an environment must have been ready before the schedule is expected to know it."""
 
 
 class RedisCensus:
@@ -74,7 +74,7 @@ class RedisCensus:
 
     async def announce_lost(self) -> int:
         """See `ports.Census.announce_lost`."""
-        found = await self._find_unannounced()
+        found = await self._find_ready()
         environments = [environment for some in found.values() for environment, _ in some]
         if not environments:
             return 0
@@ -94,27 +94,25 @@ class RedisCensus:
                 calls.append(Call("announce", keys, arguments))
         return sum(await self._scripts.demand(calls))
 
-    async def _find_unannounced(self) -> dict[int, list[tuple[str, str]]]:
+    async def _find_ready(self) -> dict[int, list[tuple[str, str]]]:
         """Environments and their scores in `ready`, by partition; each call looks on, then starts over."""
         most = self._share(_SEARCH_ENVIRONMENTS)
         partitions = range(self._keys.partitions)
         answers = await self._scripts.demand(
             [
-                Call(
-                    "find_unannounced",
-                    [self._keys.ready(partition), self._keys.arrivals(partition)],
-                    [_UNANNOUNCED_MS, self._passed_over, most],
-                )
+                Call("find_ready", [self._keys.ready(partition)], [_READY_MS, self._passed_over, most])
                 for partition in partitions
             ]
         )
         is_end = all(len(answer) < 2 * most for answer in answers)
         self._passed_over = 0 if is_end else self._passed_over + most
-        by_partition: defaultdict[int, list[tuple[str, str]]] = defaultdict(list)
-        for partition, answer in zip(partitions, answers, strict=True):
-            for environment, score in zip(answer[::2], answer[1::2], strict=True):
-                by_partition[partition].append((environment.decode(), score.decode()))
-        return by_partition
+        return {
+            partition: [
+                (environment.decode(), score.decode())
+                for environment, score in zip(answer[::2], answer[1::2], strict=True)
+            ]
+            for partition, answer in zip(partitions, answers, strict=True)
+        }
 
     def _share(self, environments: int) -> int:
         """What one partition may have of a number of environments, rounded up."""

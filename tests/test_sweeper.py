@@ -184,7 +184,18 @@ class TestFigures:
         assert handed_out >= 5
         assert (await one.count())[2:] == (handed_out, 5, [("env_1", 3), ("env_2", 2)])
         await turns.settle([some for some in taken if some.environment_id == "env_1"], [])
-        assert (await one.count())[3:] == (2, [("env_2", 2)]), "what was settled is only remembered"
+        assert (await one.count())[3:] == (2, [("env_2", 2)])
+
+    async def test_what_was_settled_is_only_remembered(
+        self, client: Redis, make_buffer: MakeBuffer, make_turns: MakeTurns
+    ) -> None:
+        await accept(make_buffer, *["env_1"] * 5)
+        await age(client, "env_1")
+        turns = make_turns()
+        await turns.settle(await turns.take(3), [])
+        await accept(make_buffer, *["env_1"] * 4)
+        found = await make_census(client).count()
+        assert (found.depth, found.stale) == (6, 2)
 
     async def test_stale_entries_of_a_large_buffer_are_reckoned(
         self, client: Redis, make_buffer: MakeBuffer
@@ -273,7 +284,7 @@ class TestLostEnvironments:
         taken = await turns.take(9)
         await self.lose_schedule(client)
         one = make_census(client)
-        found = await one._find_unannounced()
+        found = await one._find_ready()
         assert [environment for some in found.values() for environment, _ in some] == ["env_1"]
         await turns.settle(taken, [])
         await accept(make_buffer, "env_1")
@@ -282,7 +293,7 @@ class TestLostEnvironments:
             async def what_it_was() -> dict[int, list[tuple[str, str]]]:
                 return found
 
-            patch.setattr(one, "_find_unannounced", what_it_was)
+            patch.setattr(one, "_find_ready", what_it_was)
             assert await one.announce_lost() == 0
 
     async def test_all_are_found_a_few_at_a_time(
@@ -330,9 +341,9 @@ class TestConsumers:
         consumers: Any = await client.xinfo_consumers(self.STREAM, KEYS.group)
         return {one["name"].decode() for one in consumers}
 
-    async def all_are_idle(self, client: Redis) -> None:
+    async def all_are_idle(self, client: Redis, for_ms: int = 1) -> None:
         consumers: Any = await client.xinfo_consumers(self.STREAM, KEYS.group)
-        assert min(one["idle"] for one in consumers) > 1
+        assert min(one["idle"] for one in consumers) > for_ms
 
     async def drops(self, client: Redis, count: int) -> None:
         assert await make_leftovers(client, reclaim_idle_ms=1).drop_consumers() == count
@@ -364,25 +375,32 @@ class TestConsumers:
         for count in (10, 10, 5, 0):
             await self.drops(client, count)
 
-    async def test_one_that_comes_back_at_the_last_moment_keeps_what_it_reads(self, group: Redis) -> None:
-        """Between the look at its heartbeat and the drop it is given an entry."""
-        one = make_leftovers(group, reclaim_idle_ms=1)
+    @pytest.mark.parametrize("is_finished", [False, True])
+    async def test_one_that_comes_back_at_the_last_moment_is_kept(
+        self, group: Redis, is_finished: bool
+    ) -> None:
+        """Between the look at its heartbeat and the drop it is given an entry, or has even finished it."""
+        one = make_leftovers(group, reclaim_idle_ms=50 if is_finished else 1)
         without_heartbeat = one._without_heartbeat
 
         async def comes_back(consumers: Sequence[str]) -> set[str]:
             dead = await without_heartbeat(consumers)
             assert dead == {"idle"}
-            await group.xadd(self.STREAM, {"body": "{}"})
+            entry_id: Any = await group.xadd(self.STREAM, {"body": "{}"})
             assert await self.read(group, "idle") == 1
-            await eventually(lambda: self.all_are_idle(group))
+            if is_finished:
+                await group.xack(self.STREAM, KEYS.group, entry_id)
+            else:
+                await eventually(lambda: self.all_are_idle(group))
             return dead
 
-        await eventually(lambda: self.all_are_idle(group))
+        await eventually(lambda: self.all_are_idle(group, for_ms=50))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(one, "_without_heartbeat", comes_back)
             assert await one.drop_consumers() == 0
         assert await self.names(group) == {"busy", "idle"}
-        assert (await group.xpending(self.STREAM, KEYS.group))["pending"] == 2
+        pending = (await group.xpending(self.STREAM, KEYS.group))["pending"]
+        assert pending == (1 if is_finished else 2)
 
     async def test_nothing_pending_is_lost_to_a_drop_in_a_race(self, client: Redis) -> None:
         """Consumers without heartbeats read and acknowledge while they are dropped as fast as it goes."""
@@ -410,6 +428,8 @@ class TestConsumers:
 
 
 class TestClaimsAndReservations:
+    KINDS = ("claim", "reservation")
+
     @staticmethod
     def keyed(environment: str = "env_1", key: str = "key", **changes: Any) -> Snapshot:
         now = datetime.now(UTC)
@@ -492,22 +512,31 @@ class TestClaimsAndReservations:
         make_buffer: MakeBuffer,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """However many keys there are, a pass looks at a few, and some pass has looked at all."""
+        """However many keys there are, a pass looks at a few; in the end all were looked at."""
         monkeypatch.setattr(leftovers, "_SCANS", 2)
         monkeypatch.setattr(leftovers, "_SCAN_KEYS", 50)
         monkeypatch.setattr(leftovers, "_SCAN_RESERVATIONS", 16 * 10)
-        runs = [self.keyed(key=f"key {number}", id=f"run-{number}") for number in range(3000)]
-        await make_buffer().recall([], runs)
-        await client.mset({KEYS.claim(one): one.id for one in runs})
-        await self.write(store, *runs)
-        one, passes = make_sweep(Scripts(client), pool), 0
-        while await client.dbsize():
-            before = await client.dbsize()
+        stored, absent = (
+            [
+                # So long an id that Redis does not hand out its hash all at once.
+                self.keyed(key=f"{what} {number}", id=f"{what}-{number:0100}")
+                for number in range(1500)
+            ]
+            for what in ("stored", "absent")
+        )
+        await make_buffer().recall([], [*stored, *absent])
+        await client.mset({KEYS.claim(one): one.id for one in (*stored, *absent)})
+        await self.write(store, *stored)
+        telemetry, passes = Telemetry("test"), 0
+        one, ended = make_sweep(Scripts(client), pool, telemetry), 0.0
+        while ended < 3000:
             await one.make_pass()
             passes += 1
-            assert before - await client.dbsize() <= 3 * 2 * 50
+            before, ended = ended, sum(counted_by(telemetry, "swept", what=what) for what in self.KINDS)
+            assert ended - before <= 400
             assert passes < 200
         assert passes > 10
+        assert await self.claims(client) == {KEYS.claim(one) for one in absent}
 
     async def test_without_postgres_only_this_step_waits(
         self,
@@ -537,7 +566,7 @@ class TestPass:
     async def test_figures_are_not_known_before_the_first(self) -> None:
         assert are_unknown(figures(Telemetry("test")))
 
-    @pytest.mark.parametrize("broken", ["any", "count_buffered", "find_unannounced", "XINFO", "SCAN"])
+    @pytest.mark.parametrize("broken", ["any", "count_buffered", "find_ready", "XINFO", "SCAN"])
     async def test_one_that_fails_leaves_no_figures(
         self, client: Redis, pool: Pool, make_buffer: MakeBuffer, broken: str
     ) -> None:

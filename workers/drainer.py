@@ -130,9 +130,12 @@ class Drainer(Process):
             self.world.health.progress("operators")
             try:
                 decided = await self.world.operator_settings()
-                if decided.drain_paused != self._operators.drain_paused:
-                    self.world.telemetry.event("drain.paused" if decided.drain_paused else "drain.resumed")
+                was_paused = self._operators.drain_paused
                 self._operators = decided
+                if decided.drain_paused and not was_paused:
+                    self.world.telemetry.event("drain.paused")
+                elif was_paused and not decided.drain_paused:
+                    self.world.telemetry.event("drain.resumed")
                 if decided.weights != weights:
                     await self._turns.schedule.set_weights(decided.weights)
                     weights = decided.weights

@@ -3,9 +3,11 @@
 --
 -- KEYS   1 ready    2 arrivals; then per environment: drain
 -- ARGV   1 the wake channel; then per environment: its id, the score in `ready` that it is expected to have
--- return how many were put there; not those that have moved on, or may be among the arrivals by now
+-- return how many were put there; not those that have moved on, or may be among the arrivals still
 --
--- Safe to run twice: the second run finds an arrival that is as old.
+-- An arrival is as old as its environment's score or older, since that only moves on. So an environment that is
+-- older than every arrival is not among them.
+-- Safe to run twice: the second run finds arrivals that are as old.
 
 local arrival = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')[2]
 local first = arrival and math.floor(arrival / 1000) or math.huge
