@@ -129,6 +129,7 @@ async def test_migrate(redis_url: str, database_url: str) -> None:
     assert first.stdout.splitlines() == [
         *(f"applied {name}" for name in migrations()),
         "created the group of mollifier:triggers",
+        "created the group of mollifier:operations",
     ]
     assert await fetch(database_url, "SELECT * FROM mollifier.runs") == []
     with Redis.from_url(redis_url) as client:

@@ -516,6 +516,8 @@ class TestRows:
             "debounce_key": None,
             "debounce_until": None,
             "debounced_at": None,
+            "revision": 0,
+            "applied": [],
             "one_time_use_token": None,
             "replayed_from_run_id": "old",
             "trace_id": TRACEPARENT[3:35],
