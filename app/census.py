@@ -14,7 +14,11 @@ _LOOK_AT_ENTRIES = 200
 """About how many entries of an environment are looked at; the share of stale ones is taken for all of it."""
 
 _NAMED = 10
+"""Most environments in a report of stale entries."""
+
 _SEARCH_ENVIRONMENTS = 4000
+"""Most environments of a pass that are looked for in the schedule."""
+
 _READY_MS = 5000
 """For how long an environment must have been ready before the schedule is expected to know it."""
 

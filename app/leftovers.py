@@ -18,6 +18,8 @@ _PENDING = b"pending:"
 _DROP_AT_ONCE = 100
 _SCANS = 10
 _SCAN_KEYS = 500
+"""About how many keys of the database one step of the search for claims goes; a pass makes _SCANS of them."""
+
 _SCAN_RESERVATIONS = 2000
 
 

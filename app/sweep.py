@@ -43,7 +43,7 @@ class Sweep:
             self._telemetry.found_stale(figures.stale, figures.oldest_dwell_s, figures.stalest)
 
     async def _announce_lost(self) -> None:
-        """Bring back environments that the schedule lost: nobody would drain them until they were empty."""
+        """Bring back environments that the schedule lost: one is announced only when it becomes ready."""
         announced = await self._census.announce_lost()
         if announced:
             self._telemetry.swept("environment", announced)

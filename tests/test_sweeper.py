@@ -610,6 +610,23 @@ class TestPass:
         await make_sweep(Scripts(client), pool).make_pass()
         assert "'env_1': 2" in capsys.readouterr().out
 
+    async def test_it_is_made_while_redis_is_full(
+        self, client: Redis, pool: Pool, make_buffer: MakeBuffer
+    ) -> None:
+        """What it brings back can be drained, and that empties Redis."""
+        await accept(make_buffer, "env_1")
+        await age(client, "env_1")
+        await client.delete(KEYS.arrivals(KEYS.partition("env_1")))
+        telemetry = Telemetry("test")
+        await client.config_set("maxmemory", "1")
+        try:
+            assert await Lease(Scripts(client), KEYS, KEYS.sweeper, "me").hold()
+            await make_sweep(Scripts(client), pool, telemetry).make_pass()
+        finally:
+            await client.config_set("maxmemory", "0")
+        assert figures(telemetry)["stale"] == 1
+        assert counted_by(telemetry, "swept", what="environment") == 1
+
     async def test_it_costs_the_same_whatever_is_buffered(
         self, counted: CountingScripts, client: Redis, pool: Pool, make_buffer: MakeBuffer
     ) -> None:
@@ -704,10 +721,10 @@ class TestProcesses:
         await eventually(lambda: self.works(second, 3), within_s=2)
         assert len(second.log("sweeper.active")) == 2
 
-    async def test_it_is_alone_in_the_fleet_from_the_start(
+    async def test_of_many_that_start_at_once_one_works(
         self, workers: Workers, redis_url: str, database_url: str
     ) -> None:
-        """It takes over at once from one that is dead, and the figures are there at once."""
+        """Its first pass is made at once, whatever the interval."""
         sweepers = [
             workers.start("sweeper", redis_url, database_url, stale_sweep_interval_s=600) for _ in range(3)
         ]
