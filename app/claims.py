@@ -32,7 +32,8 @@ class RedisClaims:
 
     async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
         """See `ports.Claims.claim`."""
-        tokens = [f"{run.id}:{secrets.token_hex(8)}" for run in runs]
+        attempt = secrets.token_hex(8)
+        tokens = [f"{run.id}:{attempt}" for run in runs]
         groups = self._by_partition(runs)
         calls = []
         for positions in groups.values():
