@@ -94,7 +94,7 @@ class Item:
     `request` and `run` are a trigger's, `operation` and `shown` (its answer) an operation's. `claim` and
     `followers` belong to the first request of an idempotency key; the others `follow` it. A `suspended` item
     leaves its batch without an outcome: it `waits` for its key, or else its entry stays pending and is handed
-    out again.
+    out again. One that `is_late` has waited long enough.
     """
 
     entry: Entry
@@ -113,6 +113,7 @@ class Item:
     suspended: bool = False
     waits: bool = False
     waiting_since: float | None = None
+    is_late: bool = False
 
     @property
     def open(self) -> bool:

@@ -9,7 +9,7 @@ from redis.exceptions import ResponseError
 from app.batch import Answer, Claim, Parent
 from app.errors import (
     BufferUnavailable,
-    ClaimTimedOut,
+    ClaimLost,
     QueueLimitExceeded,
     RequestError,
     RunIdConflict,
@@ -190,7 +190,7 @@ def _outcome(run: Snapshot, result: int | bytes | list[bytes]) -> Answer | Reque
     if result in (_ACCEPTED, _KNOWN):
         return answer_of(run)
     if result == _LOST:
-        return ClaimTimedOut()
+        return ClaimLost()
     return QueueLimitExceeded() if result == _FULL else BufferUnavailable()
 
 

@@ -67,7 +67,7 @@ class RedisClaims:
                 winners[position] = None if snapshot is None else decode_snapshot(snapshot)
         return winners
 
-    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
+    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> Sequence[bool]:
         """See `ports.Claims.settle`."""
         groups = self._by_partition([one.run for one in settlements])
         calls = []
@@ -79,7 +79,11 @@ class RedisClaims:
                 keys.append(self._keys.claim(run))
                 arguments += (expected, winner_id, self._life_ms(run, now))
             calls.append(Call("settle_claims", keys, arguments))
-        return len(settlements) - sum(sum(answer) for answer in await self._scripts.demand(calls))
+        ended = [False] * len(settlements)
+        for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):
+            for position, has_ended in zip(positions, answer, strict=True):
+                ended[position] = bool(has_ended)
+        return ended
 
     async def holder(self, run: Snapshot) -> str | None:
         """See `scene.KeyHolders.holder`."""

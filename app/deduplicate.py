@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from app.batch import Answer, Batch, Item
 from app.decide import bypass_reason, is_enrolled, may_be_mollified
-from app.errors import RequestError, RunIdConflict, StoreUnavailable, Unreachable
+from app.errors import ClaimTimedOut, RequestError, RunIdConflict, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
 from app.settings import Settings
 from app.telemetry import Telemetry
@@ -38,11 +38,25 @@ class Deduplicate:
         leaders = self._leaders(batch)
         try:
             await self._find_winners([item for item in batch.open() if self._may_find_a_winner(item)])
-            await self._claim([leader for leader in leaders if leader.claim is None], batch)
+            await self._claim(
+                [leader for leader in leaders if leader.claim is None and not leader.is_late], batch
+            )
             await self._look_up([leader for leader in leaders if leader.open and leader.claim], batch)
         except Unreachable as error:
             # Without claims Postgres' unique index is the arbiter.
             self._telemetry.unreachable("claims", error)
+        await self._give_up([leader for leader in leaders if leader.open and leader.is_late], batch)
+
+    async def _give_up(self, late: Sequence[Item], batch: Batch) -> None:
+        """Answer who has waited long enough, with the row if there is one: its claim may not say so yet."""
+        holders: Sequence[KeyHolder | None] = [None] * len(late)
+        if late:
+            try:
+                holders = await self._store.look_up_keys(_runs(late), batch.now)
+            except StoreUnavailable as error:
+                self._telemetry.recall_failed(error)
+        for item, holder in zip(late, holders, strict=True):
+            item.outcome = ClaimTimedOut() if holder is None else _stored(item, holder)
 
     def _leaders(self, batch: Batch) -> list[Item]:
         """The first item of each key; the others follow theirs, and are open no more."""

@@ -19,6 +19,7 @@
         ├── DeadlineExceeded           408 deadline_exceeded
         ├── QueueLimitExceeded         429 queue_limit_exceeded   retryable
         ├── ClaimTimedOut              503 claim_timed_out        retryable
+        │   └── ClaimLost              503 claim_timed_out        it ran out on the way, and is claimed again
         ├── RunBusy                    503 run_busy               retryable
         ├── BufferUnavailable          503 buffer_unavailable     retryable
         ├── StoreUnavailable           503 store_unavailable      retryable
@@ -127,6 +128,10 @@ class QueueLimitExceeded(RequestError):
 class ClaimTimedOut(RequestError):
     code, status, retryable = "claim_timed_out", 503, True
     default = "Another request holds this idempotency key and has not finished. Try again."
+
+
+class ClaimLost(ClaimTimedOut):
+    """The claim of a request ran out while it was handled, and may be another's. It claims again."""
 
 
 class RunBusy(RequestError):

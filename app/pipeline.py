@@ -55,7 +55,7 @@ class Pipeline:
             ("deduplicate", Deduplicate(claims, store, wait, settings, telemetry)),
             ("decide", Decide(gate, health, settings, telemetry)),
             ("write", Write(buffer, store, health, settings, telemetry)),
-            ("settle", Settle(claims, wait, telemetry)),
+            ("settle", Settle(claims, wait, settings, telemetry)),
             ("respond", Respond(reservations, desk, settings, telemetry)),
         )
         names = [name for name, _ in self._steps]

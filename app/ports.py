@@ -80,7 +80,10 @@ class Reservations(Protocol):
 
 
 class Settlement(NamedTuple):
-    """The end of a claim that has the value `expected`: published with a run id, or released with ''."""
+    """The end of a claim that has the value `expected`: published with a run id, or released with ''.
+
+    `pending:<run id>:` is expected of a claim of any attempt of that run.
+    """
 
     run: Snapshot
     expected: str
@@ -104,8 +107,8 @@ class Claims(Protocol):
         """
         ...
 
-    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
-        """Publish or release claims, each only if it still has the expected value; how many had not.
+    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> Sequence[bool]:
+        """Publish or release claims, each only if it still has the expected value; per claim, whether it had.
 
         Raises:
             Unreachable: claims cannot be reached; they end by themselves.

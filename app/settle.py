@@ -3,30 +3,63 @@
 from collections.abc import Callable, Sequence
 
 from app.batch import Answer, Batch, Item
-from app.errors import RequestError, Unreachable
+from app.decide import may_be_mollified
+from app.errors import ClaimLost, RequestError, Unreachable
 from app.ports import Claims, Settlement
+from app.settings import Settings
 from app.telemetry import Telemetry
 
 
 class Settle:
     """Ends the claims that a batch holds, in one round trip."""
 
-    def __init__(self, claims: Claims, wait: Callable[[Sequence[Item]], None], telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        claims: Claims,
+        wait: Callable[[Sequence[Item]], None],
+        settings: Settings,
+        telemetry: Telemetry,
+    ) -> None:
         self._claims = claims
         self._wait = wait
+        self._settings = settings
         self._telemetry = telemetry
 
     async def __call__(self, batch: Batch) -> None:
-        settlements = [settlement for item in batch.items if (settlement := _settlement(item)) is not None]
-        if settlements:
+        for item in batch.items:
+            if isinstance(item.outcome, ClaimLost):
+                self._claim_again(item)
+        held = [settlement for item in batch.items if (settlement := _settlement(item)) is not None]
+        left = [
+            settlement
+            for item in batch.items
+            if item.is_redelivered and (settlement := self._left_behind(item)) is not None
+        ]
+        if held or left:
             try:
-                lost = await self._claims.settle(settlements, batch.now)
-                self._telemetry.claims_lost(lost)
+                ended = await self._claims.settle([*held, *left], batch.now)
+                self._telemetry.claims_lost(len(held) - sum(ended[: len(held)]))
             except Unreachable as error:
                 self._telemetry.unreachable("claims", error)
         for item in batch.items:
             if item.followers:
                 self._answer_followers(item)
+
+    def _claim_again(self, item: Item) -> None:
+        """Somebody else may have the key by now: the request finds out as one that waits."""
+        followers, item.followers = item.followers, []
+        item.outcome = None
+        self._wait([item, *followers])
+
+    def _left_behind(self, item: Item) -> Settlement | None:
+        """How the claim ends that an earlier attempt may have left, where this one had no need of its own."""
+        run, outcome = item.run, item.outcome
+        if item.claim is not None or run is None or run.idempotency_key is None or outcome is None:
+            return None
+        if not may_be_mollified(item, self._settings):
+            return None
+        winner_id = "" if isinstance(outcome, RequestError) else outcome.run_id
+        return Settlement(run, f"pending:{run.id}:", winner_id)
 
     def _answer_followers(self, leader: Item) -> None:
         """Followers share their leader's fate; if it failed for a reason of its own, one of them leads."""

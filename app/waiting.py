@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 
 from app.batch import Item
-from app.errors import ClaimTimedOut, Unreachable
+from app.errors import Unreachable
 from app.ports import Claims
 from app.settings import Settings
 from app.telemetry import Telemetry
@@ -108,7 +108,7 @@ class WaitingRoom:
         if rest:
             self._waiting[key] = rest
         for item in late:
-            item.outcome = ClaimTimedOut()
+            item.is_late = True
         return late
 
     def _leave(self, items: Sequence[Item]) -> None:

@@ -8,6 +8,7 @@ from sys import maxsize
 
 from app.batch import Answer, Claim, Item, Parent
 from app.errors import (
+    ClaimLost,
     InvalidRequest,
     MollifierError,
     QueueLimitExceeded,
@@ -45,6 +46,7 @@ class FakeBuffer:
         self.runs: dict[tuple[str, str], Snapshot] = {}
         self.chosen: dict[str, str] = {}
         self.published: dict[Key, str] = {}
+        self.loses_claims = False
         self.failure: MollifierError | None = None
 
     async def accept(
@@ -52,6 +54,8 @@ class FakeBuffer:
     ) -> Sequence[Answer | RequestError]:
         if self.failure:
             raise self.failure
+        if self.loses_claims:
+            return [ClaimLost() for _ in runs]
         for run, claim in zip(runs, claims, strict=True):
             if claim is not None:
                 self.published[_key(run)] = run.id
@@ -121,16 +125,19 @@ class FakeClaims:
             raise self.failure
         return [self._runs.get((run.environment_id, self.values.get(_key(run), ""))) for run in runs]
 
-    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> int:
-        lost = 0
-        for run, expected, winner_id in settlements:
-            if self.values.get(_key(run)) != expected:
-                lost += 1
-            elif winner_id:
-                self.values[_key(run)] = winner_id
-            else:
-                del self.values[_key(run)]
-        return lost
+    async def settle(self, settlements: Sequence[Settlement], now: datetime) -> Sequence[bool]:
+        return [self._settle(settlement) for settlement in settlements]
+
+    def _settle(self, settlement: Settlement) -> bool:
+        run, expected, winner_id = settlement
+        value = self.values.get(_key(run), "")
+        if not (value.startswith(expected) if expected.endswith(":") else value == expected):
+            return False
+        if winner_id:
+            self.values[_key(run)] = winner_id
+        else:
+            del self.values[_key(run)]
+        return True
 
 
 def _parent(child: Snapshot, run: Snapshot | None) -> Parent | None:

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from app.batch import Answer, Claim
 from app.buffer import RedisBuffer
 from app.claims import RedisClaims
-from app.errors import ClaimTimedOut
+from app.errors import ClaimLost
 from app.keys import Keys
 from app.ports import Settlement
 from app.redis_client import Scripts
@@ -77,7 +77,7 @@ async def test_a_redelivered_request_takes_over_its_own_claim(claims: RedisClaim
     (second,) = await claim(claims, mine)
     assert second.state == "claimed"
     assert first.expected != second.expected
-    assert await claims.settle([Settlement(mine, token(first), "")], NOW) == 1, (
+    assert await claims.settle([Settlement(mine, token(first), "")], NOW) == [False], (
         "the earlier attempt frees nothing"
     )
     (other,) = await claim(claims, keyed())
@@ -93,9 +93,9 @@ async def test_a_run_id_that_is_a_prefix_of_another_takes_over_nothing(claims: R
 async def test_a_released_key_is_free_and_a_published_one_is_taken(claims: RedisClaims) -> None:
     first, second, third = keyed(), keyed(), keyed()
     (mine,) = await claim(claims, first)
-    assert await claims.settle([Settlement(first, token(mine), "")], NOW) == 0
+    assert await claims.settle([Settlement(first, token(mine), "")], NOW) == [True]
     (mine,) = await claim(claims, second)
-    assert await claims.settle([Settlement(second, token(mine), second.id)], NOW) == 0
+    assert await claims.settle([Settlement(second, token(mine), second.id)], NOW) == [True]
     assert await claim(claims, third) == [Claim("taken", expected=second.id, winner=None)]
 
 
@@ -106,8 +106,8 @@ async def test_an_expired_predecessor_can_neither_publish_nor_release(
     (expired,) = await claim(claims, old)
     await client.delete(KEYS.claim(old))
     (current,) = await claim(claims, new)
-    assert await claims.settle([Settlement(old, token(expired), old.id)], NOW) == 1
-    assert await claims.settle([Settlement(old, token(expired), "")], NOW) == 1
+    assert await claims.settle([Settlement(old, token(expired), old.id)], NOW) == [False]
+    assert await claims.settle([Settlement(old, token(expired), "")], NOW) == [False]
     assert await client.get(KEYS.claim(new)) == token(current).encode()
 
 
@@ -142,18 +142,26 @@ async def test_a_claim_that_was_lost_accepts_nothing(
     await client.delete(KEYS.claim(old))
     await claim(claims, new)
     (outcome,) = await make_buffer().accept([old], expired)
-    assert isinstance(outcome, ClaimTimedOut)
+    assert isinstance(outcome, ClaimLost)
     assert await make_buffer().recall([old], []) == [None]
 
 
-async def test_a_claim_that_ran_out_unnoticed_is_published_all_the_same(
+async def test_a_run_whose_claim_ran_out_unnoticed_is_not_accepted(
     client: Redis, claims: RedisClaims, make_buffer: Callable[..., RedisBuffer]
 ) -> None:
     mine = keyed()
     held = await claim(claims, mine)
     await client.delete(KEYS.claim(mine))
-    await make_buffer().accept([mine], held)
-    assert await claim(claims, keyed()) == [Claim("taken", expected=mine.id, winner=mine)]
+    assert [type(outcome) for outcome in await make_buffer().accept([mine], held)] == [ClaimLost]
+    assert token((await claim(claims, mine))[0])
+
+
+async def test_every_attempt_of_a_run_can_be_ended_by_its_id(claims: RedisClaims, client: Redis) -> None:
+    mine, other = keyed(), keyed("other")
+    await claim(claims, mine, other)
+    own = [Settlement(one, f"pending:{mine.id}:", mine.id) for one in (mine, other)]
+    assert await claims.settle(own, NOW) == [True, False]
+    assert await client.get(KEYS.claim(mine)) == mine.id.encode()
 
 
 async def test_a_materialised_run_gives_its_claim_to_postgres(

@@ -83,6 +83,44 @@ async def test_waiting_ends_in_time() -> None:
     assert reply["error"]["retryable"]
 
 
+async def test_who_has_waited_long_enough_is_answered_by_the_row_that_its_claim_hides() -> None:
+    world = World(claim_wait_ms=0)
+    (winner,) = await world.handle(keyed())
+    world.claims.values["env_1", "send-email", "order-42"] = "pending:another:token"
+    await world.handle(keyed(), keyed())
+    assert runs(await world.tick()) == [(winner["run"]["id"], True)] * 2
+
+
+async def test_a_redelivered_request_ends_the_claim_that_its_first_attempt_left() -> None:
+    world = World()
+    request = keyed()
+    (first,) = runs(await world.handle(request))
+    world.claims.values["env_1", "send-email", "order-42"] = f"pending:{first[0]}:token"
+    assert runs(await world.handle(request._replace(deliveries=2))) == [first]
+    assert world.claims.values["env_1", "send-email", "order-42"] == first[0]
+
+
+@pytest.mark.parametrize("changes", [{"enabled": False}, {"default_enrolled": False}, {"shadow_mode": True}])
+async def test_what_is_not_claimed_ends_no_claim_either(changes: dict[str, bool]) -> None:
+    world = World(**changes)
+    request = keyed()
+    (first,) = runs(await world.handle(request))
+    world.claims.values["env_1", "send-email", "order-42"] = f"pending:{first[0]}:token"
+    await world.handle(request._replace(deliveries=2))
+    assert world.claims.values["env_1", "send-email", "order-42"] == f"pending:{first[0]}:token"
+
+
+async def test_a_request_whose_claim_was_lost_on_the_way_finds_out_who_has_it() -> None:
+    world = World()
+    world.gate.passes = 0
+    world.buffer.loses_claims = True
+    assert await world.handle(keyed(), keyed()) == []
+    world.buffer.loses_claims = False
+    world.claims.values.clear()
+    first, second = runs(await world.tick())
+    assert (first[1], second) == (False, (first[0], True))
+
+
 async def test_a_failed_leader_frees_its_key_and_its_followers_share_a_retryable_error() -> None:
     world = World()
     world.gate.passes = 0

@@ -76,7 +76,7 @@ async def test_a_claim_of_what_is_refused_is_released(
     assert claim.expected is not None
     (refused,) = await make_buffer().accept([mine], [claim])
     assert isinstance(refused, BufferUnavailable)
-    assert await claims.settle([Settlement(mine, claim.expected, "")], NOW) == 0
+    assert await claims.settle([Settlement(mine, claim.expected, "")], NOW) == [True]
     assert await client.keys("*claim*") == []
 
 

@@ -7,7 +7,7 @@
 -- ARGV   1 most entries an environment may have queued, 0: no limit    2 the wake channel    3 environments
 --        then per environment: its id, its organization's id, n, and n times: run id, snapshot, the value its
 --        claim must have ('' when it has none), the life of the published claim in ms (0: no key)
--- return per run, in order: 1 accepted, 0 known already, -1 full, -2 the claim is another's by now,
+-- return per run, in order: 1 accepted, 0 known already, -1 full, -2 the claim was lost: to be claimed again,
 --        {winner's run id, its snapshot if buffered, else ''}, or the text of the server's refusal
 --
 -- Safe to run twice: the second run finds every run known.
@@ -41,8 +41,12 @@ for environment = 1, environments do
     elseif value and not is_pending and value ~= run_id then
       local entry = redis.call('HGET', index, value)
       local winner = entry and redis.call('XRANGE', entries, entry, entry)[1]
-      answer[#answer + 1] = { value, winner and winner[2][4] or '' }
-    elseif is_pending and expected ~= '' and value ~= expected then
+      if winner or expected == '' then
+        answer[#answer + 1] = { value, winner and winner[2][4] or '' }
+      else
+        answer[#answer + 1] = -2
+      end
+    elseif expected ~= '' and value ~= expected and value ~= run_id then
       answer[#answer + 1] = -2
     elseif limit > 0 and queued + accepted >= limit then
       answer[#answer + 1] = -1
