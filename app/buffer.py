@@ -186,7 +186,7 @@ def _known(asked: Snapshot, found: Snapshot) -> Answer | RequestError:
 
 def _outcome(run: Snapshot, result: int | bytes | list[bytes]) -> Answer | RequestError:
     if isinstance(result, list):
-        return _winner(run, *result)
+        return _winner(*result)
     if result in (_ACCEPTED, _KNOWN):
         return answer_of(run)
     if result == _LOST:
@@ -194,14 +194,11 @@ def _outcome(run: Snapshot, result: int | bytes | list[bytes]) -> Answer | Reque
     return QueueLimitExceeded() if result == _FULL else BufferUnavailable()
 
 
-def _winner(run: Snapshot, winner_id: bytes, snapshot: bytes) -> Answer | RequestError:
+def _winner(winner_id: bytes, snapshot: bytes) -> Answer:
     """The answer to a run whose key was taken by the time it came to the buffer."""
     if not snapshot:
         return Answer(winner_id.decode(), None, None, is_mollified=False, is_cached=True)
-    winner = decode_snapshot(snapshot)
-    if winner.organization_id != run.organization_id:
-        return RunIdConflict("options.idempotency_key: this key cannot be used")
-    return answer_of(winner)._replace(is_cached=True)
+    return answer_of(decode_snapshot(snapshot))._replace(is_cached=True)
 
 
 def _positions(groups: Grouped) -> list[list[int]]:

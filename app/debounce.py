@@ -11,13 +11,13 @@ import asyncpg
 from msgspec.structs import replace
 
 from app.batch import Answer
-from app.errors import InternalError, OneTimeUseTokenUsed, RequestError, RunIdConflict
+from app.errors import InternalError, OneTimeUseTokenUsed, RequestError
 from app.inserts import TRIES, answer, fetch_apart, free_keys, is_hindered, look_up
 from app.postgres import Connection, is_unavailable, refusal, statement
 from app.rows import Row
 from schemas.snapshot import Snapshot
 
-Key = tuple[str, str, str]
+Key = tuple[str, str, str, str]
 
 
 class Fold(NamedTuple):
@@ -65,11 +65,7 @@ async def debounce(
     groups: dict[Key, list[Snapshot]] = {}
     for position, trigger in enumerate(triggers):
         if position not in settled:
-            group = groups.setdefault(_key(trigger), [trigger])
-            if group[0].organization_id != trigger.organization_id:
-                settled[position] = _foreign()
-            elif group[0] is not trigger:
-                group.append(trigger)
+            groups.setdefault(_key(trigger), []).append(trigger)
     try:
         records = await fetch_apart(connection, statement("debounce_runs"), *_arguments(groups))
     except (asyncpg.UniqueViolationError, asyncpg.DeadlockDetectedError, asyncpg.SerializationError) as error:
@@ -88,9 +84,9 @@ async def debounce(
             *await debounce(connection, triggers[:half], now),
             *await debounce(connection, triggers[half:], now),
         ]
-    runs = {(record["environment_id"], record["task"], record["debounce_key"]): record for record in records}
+    runs = {_key_of_record(record): record for record in records}
     return [
-        settled.get(position) or _answer(trigger, runs.get(_key(trigger)))
+        settled.get(position) or _answer(trigger, runs[_key(trigger)])
         for position, trigger in enumerate(triggers)
     ]
 
@@ -130,6 +126,7 @@ def _arguments(groups: Mapping[Key, Sequence[Snapshot]]) -> tuple[Any, ...]:
         [one.run.id for one in folds],
         [one.until for one in folds],
         [trigger.id for trigger in triggers],
+        [trigger.organization_id for trigger in triggers],
         [trigger.environment_id for trigger in triggers],
         [trigger.task for trigger in triggers],
         [trigger.debounce_key for trigger in triggers],
@@ -138,16 +135,14 @@ def _arguments(groups: Mapping[Key, Sequence[Snapshot]]) -> tuple[Any, ...]:
 
 
 def _key(run: Snapshot) -> Key:
-    return run.environment_id, run.task, run.debounce_key or ""
+    return run.organization_id, run.environment_id, run.task, run.debounce_key or ""
 
 
-def _answer(trigger: Snapshot, record: asyncpg.Record | None) -> Answer | RequestError:
-    if record is None or record["organization_id"] != trigger.organization_id:
-        return _foreign()
+def _key_of_record(record: asyncpg.Record) -> Key:
+    return record["organization_id"], record["environment_id"], record["task"], record["debounce_key"]
+
+
+def _answer(trigger: Snapshot, record: asyncpg.Record) -> Answer:
     return Answer(
         record["id"], record["span_id"], record["delay_until"], False, is_cached=record["id"] != trigger.id
     )
-
-
-def _foreign() -> RunIdConflict:
-    return RunIdConflict("options.debounce.key: this key cannot be used")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from app.batch import Answer, Batch, Item
 from app.decide import bypass_reason, is_enrolled, may_be_mollified
-from app.errors import ClaimTimedOut, RequestError, RunIdConflict, StoreUnavailable, Unreachable
+from app.errors import ClaimTimedOut, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
 from app.settings import Settings
 from app.telemetry import Telemetry
@@ -150,23 +150,25 @@ def _runs(items: Sequence[Item]) -> list[Snapshot]:
     return [item.run for item in items if item.run is not None]
 
 
-def _buffered(item: Item, winner: Snapshot) -> Answer | RequestError:
-    assert item.run is not None
-    if winner.organization_id != item.run.organization_id:
-        return RunIdConflict("options.idempotency_key: this key cannot be used")
+def _buffered(item: Item, winner: Snapshot) -> Answer:
     return Answer(
-        winner.id, winner.span_id, winner.delay_until, is_mollified=True, is_cached=winner.id != item.run.id
+        winner.id,
+        winner.span_id,
+        winner.delay_until,
+        is_mollified=True,
+        is_cached=not _is_own(item, winner.id),
     )
 
 
-def _stored(item: Item, holder: KeyHolder) -> Answer | RequestError:
-    assert item.run is not None
-    if holder.organization_id != item.run.organization_id:
-        return RunIdConflict("options.idempotency_key: this key cannot be used")
+def _stored(item: Item, holder: KeyHolder) -> Answer:
     return Answer(
         holder.run_id,
         holder.span_id,
         holder.delay_until,
         is_mollified=False,
-        is_cached=holder.run_id != item.run.id,
+        is_cached=not _is_own(item, holder.run_id),
     )
+
+
+def _is_own(item: Item, run_id: str) -> bool:
+    return item.run is not None and item.run.id == run_id

@@ -109,7 +109,14 @@ async def look_up(connection: Connection, runs: Sequence[Snapshot], now: datetim
     """Per run, in order, the record of `look_up_runs`: what knows its id, or has its key or token."""
     columns = zip(
         *(
-            (run.id, run.environment_id, run.task, run.idempotency_key, run.one_time_use_token)
+            (
+                run.id,
+                run.organization_id,
+                run.environment_id,
+                run.task,
+                run.idempotency_key,
+                run.one_time_use_token,
+            )
             for run in runs
         ),
         strict=True,
@@ -123,9 +130,10 @@ async def free_keys(connection: Connection, runs: Sequence[Snapshot], now: datet
     await connection.execute(statement("free_keys"), *key_columns(runs), now)
 
 
-def key_columns(runs: Sequence[Snapshot]) -> tuple[list[str], list[str], list[str | None]]:
-    """Environments, tasks and idempotency keys: the arguments of the statements about keys."""
+def key_columns(runs: Sequence[Snapshot]) -> tuple[list[str], list[str], list[str], list[str | None]]:
+    """Organizations, environments, tasks and idempotency keys: the arguments of the statements about keys."""
     return (
+        [run.organization_id for run in runs],
         [run.environment_id for run in runs],
         [run.task for run in runs],
         [run.idempotency_key for run in runs],
@@ -167,8 +175,6 @@ def answer(run: Snapshot, hindrance: Hindrance) -> Answer | RequestError:
         return OneTimeUseTokenUsed()
     if hindrance["winner_id"] is None or hindrance["winner_key_is_free"]:
         return InternalError()
-    if hindrance["winner_organization_id"] != run.organization_id:
-        return RunIdConflict("options.idempotency_key: this key cannot be used")
     return Answer(
         hindrance["winner_id"],
         hindrance["winner_span_id"],

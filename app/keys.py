@@ -63,6 +63,8 @@ class Keyed(Protocol):
     """What an idempotency key belongs to."""
 
     @property
+    def organization_id(self) -> str: ...
+    @property
     def environment_id(self) -> str: ...
     @property
     def task(self) -> str: ...
@@ -106,7 +108,8 @@ class Keys:
 
     def claim(self, run: "Keyed") -> str:
         """The claim of a run's idempotency key; a digest, so that no two keys of any characters collide."""
-        parts = f"{run.environment_id}\0{run.task}\0{run.idempotency_key}".encode()
+        names = (run.organization_id, run.environment_id, run.task, run.idempotency_key or "")
+        parts = "\0".join(names).encode()
         partition = self.environment(run.environment_id).partition
         return f"{self.namespace}:{{{partition}}}:claim:{blake2b(parts, digest_size=16).hexdigest()}"
 

@@ -120,7 +120,6 @@ class KeyHolder(NamedTuple):
     """The live row that has an idempotency key."""
 
     run_id: str
-    organization_id: str
     span_id: str
     delay_until: datetime | None
 

@@ -188,10 +188,7 @@ class FakeStore:
             raise self.failure
         rows = {_key(row): row for row in self.rows.values() if row.idempotency_key is not None}
         holders = [rows.get(_key(run)) for run in runs]
-        return [
-            None if row is None else KeyHolder(row.id, row.organization_id, row.span_id, row.delay_until)
-            for row in holders
-        ]
+        return [None if row is None else KeyHolder(row.id, row.span_id, row.delay_until) for row in holders]
 
     async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
         if self.failure:

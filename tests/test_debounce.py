@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from app.batch import Answer
 from app.debounce import debounce, fold
-from app.errors import InvalidRequest, OneTimeUseTokenUsed, RunIdConflict
+from app.errors import InvalidRequest, OneTimeUseTokenUsed
 from app.postgres import statement
 from app.store import PostgresStore
 from schemas.snapshot import Snapshot
@@ -166,9 +166,13 @@ async def test_g7_another_organization_cannot_push_it(
         (mine,) = await store.insert([own], NOW)
         (theirs,) = await store.insert([foreign], NOW)
     assert isinstance(mine, Answer)
-    assert isinstance(theirs, RunIdConflict)
-    (row,) = await rows(pool)
-    assert (row["delay_until"], row["payload"]) == (due(60), b"0")
+    assert isinstance(theirs, Answer)
+    assert not mine.is_cached
+    assert not theirs.is_cached
+    assert [(row["delay_until"], row["payload"]) for row in await rows(pool)] == [
+        (due(60), b"0"),
+        (due(70), b"10"),
+    ]
 
 
 async def test_an_idempotency_key_answers_before_the_debounce_key(store: PostgresStore, pool: Pool) -> None:

@@ -2,8 +2,9 @@
 -- have no run of their own then become aliases of it.
 -- Per key: $1 mollifier.new_run[] what its triggers come to if it has no run  $2 timestamptz[] time of their
 -- newest trailing one, null: all are leading  $3 text[] ids in $1  $4 timestamptz[] how far they push it back
--- Per trigger, text[]: $5 ids  $6 environment ids  $7 tasks  $8 debounce keys  $9 one-time-use tokens
--- Returns per key, in any order, its run; nothing where that is another organization's.
+-- Per trigger, text[]: $5 ids  $6 organization ids  $7 environment ids  $8 tasks  $9 debounce keys
+-- $10 one-time-use tokens
+-- Returns per key, in any order, its run.
 WITH debounced AS (
     INSERT INTO mollifier.runs AS run (
         id, organization_id, project_id, environment_id, environment_type, task, payload, payload_type, tags,
@@ -15,7 +16,7 @@ WITH debounced AS (
         cancelled_at, cancel_reason, error, metadata_version, revision, applied, debounced_at
     )
     SELECT new.* FROM unnest($1::mollifier.new_run[], $2::timestamptz[]) AS new
-    ON CONFLICT (mollifier.key_digest(environment_id, task, debounce_key))
+    ON CONFLICT (mollifier.key_digest(organization_id, environment_id, task, debounce_key))
         WHERE debounce_key IS NOT NULL AND status = 'DELAYED'
     DO UPDATE SET
         delay_until = least(
@@ -32,16 +33,15 @@ WITH debounced AS (
             LIMIT 1
         ),
         updated_at = now()
-    WHERE run.organization_id = EXCLUDED.organization_id
     RETURNING run.id, run.organization_id, run.span_id, run.delay_until, run.environment_id, run.task,
         run.debounce_key
 ),
 aliased AS (
     INSERT INTO mollifier.run_aliases (id, run_id, environment_id, one_time_use_token)
     SELECT trigger.id, debounced.id, environment_id, trigger.token
-    FROM unnest($5::text[], $6::text[], $7::text[], $8::text[], $9::text[])
-        AS trigger (id, environment_id, task, debounce_key, token)
-    JOIN debounced USING (environment_id, task, debounce_key)
+    FROM unnest($5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[])
+        AS trigger (id, organization_id, environment_id, task, debounce_key, token)
+    JOIN debounced USING (organization_id, environment_id, task, debounce_key)
     WHERE trigger.id <> debounced.id
     ON CONFLICT (id) DO NOTHING
 )

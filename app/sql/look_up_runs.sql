@@ -1,7 +1,7 @@
 -- What stands in the way of runs, or answers them: the row or alias with their id, and the run that has
 -- their idempotency key or token.
--- $1 ids  $2 environment ids  $3 tasks  $4 idempotency keys  $5 one-time-use tokens; text[]
--- $6 now, timestamptz
+-- $1 ids  $2 organization ids  $3 environment ids  $4 tasks  $5 idempotency keys  $6 one-time-use tokens; text[]
+-- $7 now, timestamptz
 -- Returns one row per run, in order.
 SELECT
     coalesce(own.environment_id, alias.environment_id) AS own_environment_id,
@@ -13,20 +13,21 @@ SELECT
     keyed.id AS winner_id,
     keyed.span_id AS winner_span_id,
     keyed.delay_until AS winner_delay_until,
-    keyed.organization_id AS winner_organization_id,
     coalesce(
-        keyed.idempotency_key_expires_at <= $6 OR keyed.status IN ('FAILED', 'EXPIRED', 'SYSTEM_FAILURE'), false
+        keyed.idempotency_key_expires_at <= $7 OR keyed.status IN ('FAILED', 'EXPIRED', 'SYSTEM_FAILURE'), false
     ) AS winner_key_is_free,
     EXISTS (SELECT FROM mollifier.runs AS used WHERE used.one_time_use_token = wanted.token)
         OR EXISTS (SELECT FROM mollifier.run_aliases AS used WHERE used.one_time_use_token = wanted.token)
         AS token_is_used
-FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[]) WITH ORDINALITY
-    AS wanted (id, environment_id, task, idempotency_key, token, position)
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[]) WITH ORDINALITY
+    AS wanted (id, organization_id, environment_id, task, idempotency_key, token, position)
 LEFT JOIN mollifier.runs AS own ON own.id = wanted.id
 LEFT JOIN mollifier.run_aliases AS alias ON alias.id = wanted.id
 LEFT JOIN mollifier.runs AS aliased ON aliased.id = alias.run_id
 LEFT JOIN mollifier.runs AS keyed
     ON keyed.idempotency_key IS NOT NULL
-    AND mollifier.key_digest(keyed.environment_id, keyed.task, keyed.idempotency_key)
-        = mollifier.key_digest(wanted.environment_id, wanted.task, wanted.idempotency_key)
+    AND mollifier.key_digest(keyed.organization_id, keyed.environment_id, keyed.task, keyed.idempotency_key)
+        = mollifier.key_digest(
+            wanted.organization_id, wanted.environment_id, wanted.task, wanted.idempotency_key
+        )
 ORDER BY wanted.position

@@ -4,6 +4,6 @@
 UPDATE mollifier.runs AS run
 SET idempotency_key = NULL, idempotency_key_expires_at = NULL, revision = revision + 1, updated_at = now()
 WHERE run.idempotency_key IS NOT NULL
-    AND mollifier.key_digest(run.environment_id, run.task, run.idempotency_key) = mollifier.key_digest($2, $3, $4)
-    AND run.organization_id = $1
+    AND mollifier.key_digest(run.organization_id, run.environment_id, run.task, run.idempotency_key)
+        = mollifier.key_digest($1, $2, $3, $4)
 RETURNING run.id

@@ -5,12 +5,14 @@ CREATE SCHEMA IF NOT EXISTS mollifier;
 -- A key may hold any text up to 2,048 characters, which no btree entry can: the unique index is over
 -- its digest. The parts are joined by a NUL, which no text in Postgres can contain in itself.
 -- IMMUTABLE although convert_to is only STABLE: the encoding of a database never changes.
-CREATE FUNCTION mollifier.key_digest(environment_id text, task text, idempotency_key text) RETURNS bytea
+CREATE FUNCTION mollifier.key_digest(organization_id text, environment_id text, task text, key text)
+RETURNS bytea
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE AS $$
     SELECT sha256(
-        convert_to(environment_id, 'UTF8') || '\x00'::bytea
+        convert_to(organization_id, 'UTF8') || '\x00'::bytea
+        || convert_to(environment_id, 'UTF8') || '\x00'::bytea
         || convert_to(task, 'UTF8') || '\x00'::bytea
-        || convert_to(idempotency_key, 'UTF8')
+        || convert_to(key, 'UTF8')
     )
 $$;
 
@@ -73,11 +75,12 @@ COMMENT ON COLUMN mollifier.runs.buffered_at IS 'when the buffer accepted it; nu
 COMMENT ON COLUMN mollifier.runs.materialised_at IS 'when this row was written';
 
 CREATE UNIQUE INDEX runs_idempotency_key ON mollifier.runs
-    (mollifier.key_digest(environment_id, task, idempotency_key)) WHERE idempotency_key IS NOT NULL;
+    (mollifier.key_digest(organization_id, environment_id, task, idempotency_key)) WHERE idempotency_key IS NOT NULL;
 CREATE UNIQUE INDEX runs_one_time_use_token ON mollifier.runs (one_time_use_token)
     WHERE one_time_use_token IS NOT NULL;
 CREATE UNIQUE INDEX runs_debounce_key ON mollifier.runs
-    (mollifier.key_digest(environment_id, task, debounce_key)) WHERE debounce_key IS NOT NULL AND status = 'DELAYED';
+    (mollifier.key_digest(organization_id, environment_id, task, debounce_key))
+    WHERE debounce_key IS NOT NULL AND status = 'DELAYED';
 
 -- What an insert is given: one array of these is one argument, whatever the size of a batch.
 CREATE TYPE mollifier.new_run AS (
