@@ -15,13 +15,13 @@ from app.errors import (
     RunIdConflict,
     Unreachable,
 )
-from app.keys import Keys
+from app.keys import Keys, tenant
 from app.redis_client import Call, Scripts
 from app.settings import Settings
 from schemas.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
 _WAIT_MS = 2000
-_ACCEPTED, _KNOWN, _FULL, _LOST = 1, 0, -1, -2
+_ACCEPTED, _FULL, _LOST = 1, -1, -2
 
 Grouped = dict[int, dict[str, list[int]]]
 
@@ -88,13 +88,13 @@ class RedisBuffer:
                 if snapshot is not None:
                     outcomes[position] = _known(runs[position], decode_snapshot(snapshot))
         taken = {
-            (run.id, run.environment_id)
+            (run.id, _tenant(run))
             for (_, reserved), answer in zip(reservations, answers[len(calls) :], strict=True)
             for run, is_mine in zip(reserved, answer, strict=True)
             if not is_mine
         }
         return [
-            RunIdConflict() if outcome is None and (run.id, run.environment_id) in taken else outcome
+            RunIdConflict() if outcome is None and (run.id, _tenant(run)) in taken else outcome
             for run, outcome in zip(runs, outcomes, strict=True)
         ]
 
@@ -137,7 +137,11 @@ class RedisBuffer:
                 Call(
                     script,
                     [self._keys.chosen(partition)],
-                    [part for run in some for part in (run.id, run.environment_id)],
+                    [
+                        part
+                        for run in some
+                        for part in (run.id, tenant(run.organization_id, run.environment_id))
+                    ],
                 ),
                 some,
             )
@@ -180,14 +184,19 @@ def _claim(run: Snapshot, claim: Claim | None) -> tuple[str, int]:
     return (claim and claim.expected) or "", max(1, int(left.total_seconds() * 1000))
 
 
+def _tenant(run: Snapshot) -> str:
+    return tenant(run.organization_id, run.environment_id)
+
+
 def _known(asked: Snapshot, found: Snapshot) -> Answer | RequestError:
     return answer_of(found) if found.organization_id == asked.organization_id else RunIdConflict()
 
 
 def _outcome(run: Snapshot, result: int | bytes | list[bytes]) -> Answer | RequestError:
     if isinstance(result, list):
-        return _winner(*result)
-    if result in (_ACCEPTED, _KNOWN):
+        winner_id, snapshot = result
+        return _winner(winner_id, snapshot) if winner_id else _known(run, decode_snapshot(snapshot))
+    if result == _ACCEPTED:
         return answer_of(run)
     if result == _LOST:
         return ClaimLost()

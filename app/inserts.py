@@ -66,7 +66,7 @@ async def insert_rows(
         return await insert_rows(connection, rows, now, attempts=attempts - 1)
     if len(records) == len(rows):
         return [None] * len(rows)
-    return await _explain(connection, rows, {record["id"] for record in records}, now, tries)
+    return await _explain(connection, rows, {tuple(record) for record in records}, now, tries)
 
 
 async def fetch_apart(connection: Connection, query: str, *arguments: Any) -> list[asyncpg.Record]:
@@ -78,7 +78,7 @@ async def fetch_apart(connection: Connection, query: str, *arguments: Any) -> li
 
 
 async def _explain(
-    connection: Connection, rows: Sequence[Row], inserted: set[str], now: datetime, tries: int
+    connection: Connection, rows: Sequence[Row], inserted: set[tuple[str, ...]], now: datetime, tries: int
 ) -> list[Hindrance]:
     """Say for each row whether it was inserted or what was in its way.
 
@@ -87,8 +87,9 @@ async def _explain(
     hindrances: list[Hindrance] = [None] * len(rows)
     left_out = []
     for position, row in enumerate(rows):
-        if row.run.id in inserted:
-            inserted.discard(row.run.id)
+        name = (row.run.id, row.run.organization_id, row.run.environment_id)
+        if name in inserted:
+            inserted.discard(name)
         else:
             left_out.append(position)
     found = await look_up(connection, [rows[position].run for position in left_out], now)

@@ -22,7 +22,7 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:{p}:arrivals         sorted   buffer, turns              environments that became ready, for the turns
     ns:{p}:totals           hash     buffer, turns              queued: entries of all environments
     ns:{p}:grace            sorted   turns                      `<entry id> <env>` -> when to forget it
-    ns:{p}:chosen           hash     buffer                     caller-chosen id -> environment, till a row
+    ns:{p}:chosen           hash     buffer                     caller-chosen id -> its tenant, till a row
 
     ns:{turns}              prefix   turns                      whose turn it is, over all partitions:
       :organizations        sorted   turns (schedule)           organizations with entries, by virtual time
@@ -70,6 +70,11 @@ class Keyed(Protocol):
     def task(self) -> str: ...
     @property
     def idempotency_key(self) -> str | None: ...
+
+
+def tenant(organization_id: str, environment_id: str) -> str:
+    """A tenant as one text; no id contains a NUL."""
+    return f"{organization_id}\0{environment_id}"
 
 
 class Keys:

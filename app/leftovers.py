@@ -8,7 +8,7 @@ import asyncpg
 from redis.exceptions import ResponseError
 
 from app.errors import Unreachable
-from app.keys import Keys
+from app.keys import Keys, tenant
 from app.ports import Kept
 from app.postgres import acquire, statement
 from app.redis_client import Call, Scripts
@@ -101,8 +101,8 @@ class RedisLeftovers:
         for run_id, key in kept.claims:
             claims[_tag(key)].append((run_id, key))
         reservations: defaultdict[int, list[str]] = defaultdict(list)
-        for run_id, environment_id in kept.reservations:
-            reservations[self._keys.partition(run_id)] += (run_id, environment_id)
+        for run_id, owner in kept.reservations:
+            reservations[self._keys.partition(run_id)] += (run_id, owner)
         calls = []
         for some in claims.values():
             arguments: list[str | int] = []
@@ -122,10 +122,11 @@ class PostgresRows:
         self._pool = pool
         self._timeout_s = settings.store_timeout_ms / 1000
 
-    async def environments_of(self, run_ids: Sequence[str]) -> Mapping[str, str]:
-        """See `ports.Rows.environments_of`."""
+    async def tenants_of(self, run_ids: Sequence[str]) -> Mapping[str, str]:
+        """See `ports.Rows.tenants_of`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            return dict(await connection.fetch(statement("look_up_rows"), list(run_ids)))
+            records = await connection.fetch(statement("look_up_rows"), list(run_ids))
+        return {run_id: tenant(*owner) for run_id, *owner in records}
 
 
 def _tag(key: str) -> str:

@@ -297,7 +297,7 @@ class Census(Protocol):
 
 
 class Kept(NamedTuple):
-    """What is kept for runs until they are rows: (run id, key) of claims, (run id, environment id) of
+    """What is kept for runs until they are rows: (run id, key) of claims, (run id, tenant) of
     reservations."""
 
     claims: list[tuple[str, str]]
@@ -333,8 +333,8 @@ class Leftovers(Protocol):
 
 
 class Rows(Protocol):
-    async def environments_of(self, run_ids: Sequence[str]) -> Mapping[str, str]:
-        """Of the ids that are rows by now, or stand for one, the environment.
+    async def tenants_of(self, run_ids: Sequence[str]) -> Mapping[str, str]:
+        """Of the ids that are rows by now, or stand for one, the tenant (`keys.tenant`).
 
         Raises:
             StoreUnavailable: Postgres cannot be read.

@@ -62,18 +62,14 @@ class Sweep:
         if not run_ids:
             return "complete"
         try:
-            environments = await self._rows.environments_of(sorted(run_ids))
+            tenants = await self._rows.tenants_of(sorted(run_ids))
         except StoreUnavailable as error:
             self._telemetry.trouble("store.unavailable", error=repr(error.__cause__))
             return "without_store"
         claims, reservations = await self._leftovers.retire(
             Kept(
-                [(run_id, key) for run_id, key in kept.claims if run_id in environments],
-                [
-                    (run_id, environment_id)
-                    for run_id, environment_id in kept.reservations
-                    if environments.get(run_id) == environment_id
-                ],
+                [(run_id, key) for run_id, key in kept.claims if run_id in tenants],
+                [(run_id, owner) for run_id, owner in kept.reservations if tenants.get(run_id) == owner],
             )
         )
         self._telemetry.swept("claim", claims)

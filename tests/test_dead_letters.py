@@ -220,7 +220,7 @@ class TestRequeueingRuns:
         ids.append(await bury(client, desk, encode_snapshot(first)))
         assert await letters.requeue(ids) == [None, None, None]
         assert await there(client) == []
-        assert await client.hget(KEYS.chosen(KEYS.partition("chosen")), "chosen") == b"env_2"
+        assert await client.hget(KEYS.chosen(KEYS.partition("chosen")), "chosen") == b"org_1\0env_2"
         again = {run.id: run for run in await taken(make_turns())}
         for run_before in (first, second):
             run_after = again.pop(run_before.id)
@@ -293,7 +293,7 @@ class TestRequeueingRuns:
         went, stays = await letters.requeue(ids)
         assert (went, stays and stays.partition(":")[0]) == (None, "queue_limit_exceeded")
         assert await there(client) == ids[1:]
-        for name, holder in (("one", b"env_1"), ("two", None)):
+        for name, holder in (("one", b"org_1\0env_1"), ("two", None)):
             assert await client.hget(KEYS.chosen(KEYS.partition(name)), name) == holder
 
     async def test_an_id_that_is_anothers_by_now(
@@ -310,7 +310,7 @@ class TestRequeueingRuns:
         assert trouble is not None
         assert trouble.startswith("run_id_conflict: ")
         assert await there(client) == ids
-        assert await client.hget(KEYS.chosen(KEYS.partition("chosen")), "chosen") == b"env_2"
+        assert await client.hget(KEYS.chosen(KEYS.partition("chosen")), "chosen") == b"org_1\0env_2"
 
     async def test_a_key_that_has_another_run_by_now(
         self,

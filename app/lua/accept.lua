@@ -7,8 +7,9 @@
 -- ARGV   1 most entries an environment may have queued, 0: no limit    2 the wake channel    3 environments
 --        then per environment: its id, its organization's id, n, and n times: run id, snapshot, the value its
 --        claim must have ('' when it has none), the life of the published claim in ms (0: no key)
--- return per run, in order: 1 accepted, 0 known already, -1 full, -2 the claim was lost: to be claimed again,
---        {winner's run id, its snapshot if buffered, else ''}, or the text of the server's refusal
+-- return per run, in order: 1 accepted, -1 full, -2 the claim was lost: to be claimed again,
+--        {'', snapshot} known already, {winner's run id, its snapshot if buffered, else ''}, or the text of the
+--        server's refusal
 --
 -- Safe to run twice: the second run finds every run known.
 
@@ -36,8 +37,10 @@ for environment = 1, environments do
     end
     local is_pending = value and string.sub(value, 1, 8) == 'pending:'
 
-    if redis.call('HEXISTS', index, run_id) == 1 then
-      answer[#answer + 1] = 0
+    local known = redis.call('HGET', index, run_id)
+    known = known and redis.call('XRANGE', entries, known, known)[1]
+    if known then
+      answer[#answer + 1] = { '', known[2][4] }
     elseif value and not is_pending and value ~= run_id then
       local entry = redis.call('HGET', index, value)
       local winner = entry and redis.call('XRANGE', entries, entry, entry)[1]

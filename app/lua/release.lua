@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
--- Let go of reserved run ids, each only if it is held for the given environment.
+-- Let go of reserved run ids, each only if it is held for the given tenant.
 --
 -- KEYS   1 chosen
--- ARGV   pairs: run id, environment id
+-- ARGV   pairs: run id, tenant
 -- return how many were let go
 --
 -- Safe to run twice.

@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Reserve caller-chosen run ids for their environments until the run is a row (or never was one).
+-- Reserve caller-chosen run ids for their tenants until the run is a row (or never was one).
 --
 -- KEYS   1 chosen
--- ARGV   pairs: run id, environment id
--- return per pair: 1 if the id is this environment's, 0 if another's
+-- ARGV   pairs: run id, tenant
+-- return per pair: 1 if the id is this tenant's, 0 if another's
 --
 -- Safe to run twice.
 

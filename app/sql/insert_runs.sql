@@ -1,6 +1,6 @@
 -- Insert runs; rows whose id, key or token is taken are left out.
 -- $1  mollifier.new_run[]
--- Returns the ids of the rows that were inserted.
+-- Returns id, organization_id, environment_id of the rows that were inserted.
 INSERT INTO mollifier.runs (
     id, organization_id, project_id, environment_id, environment_type, task, payload, payload_type, tags,
     idempotency_key, idempotency_key_expires_at, delay_until, ttl_seconds, expires_at, queue,
@@ -15,4 +15,4 @@ WHERE new.one_time_use_token IS NULL OR NOT EXISTS (
     SELECT FROM mollifier.run_aliases AS used WHERE used.one_time_use_token = new.one_time_use_token
 )
 ON CONFLICT DO NOTHING
-RETURNING id
+RETURNING id, organization_id, environment_id
