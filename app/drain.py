@@ -88,14 +88,15 @@ class Drain:
         try:
             return await self._handle(taken)
         except StoreUnavailable as error:
-            await self._turns.put_back(taken, apart=isinstance(error, StatementTimedOut))
+            is_hung = isinstance(error, StatementTimedOut)
+            await self._turns.put_back(taken, apart=is_hung, may_be_done=error.may_be_done)
             raise
         except Unreachable:
-            await self._turns.put_back(taken, apart=False)
+            await self._turns.put_back(taken, apart=False, may_be_done=True)
             raise
         except Exception:
             # Nobody expected it, so nobody knows whose fault it was.
-            await self._turns.put_back(taken, apart=True)
+            await self._turns.put_back(taken, apart=True, may_be_done=True)
             raise
 
     async def _handle(self, taken: Sequence[Taken]) -> int:

@@ -145,6 +145,9 @@ class BufferUnavailable(RequestError):
 
 
 class StoreUnavailable(RequestError):
+    """Postgres cannot be written. `may_be_done`: a statement was under way whose end nobody heard of."""
+
+    may_be_done = False
     code, status, retryable = "store_unavailable", 503, True
     default = "The database cannot be written just now. Try again."
 

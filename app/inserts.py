@@ -38,15 +38,12 @@ async def copy_rows(connection: Connection, rows: Sequence[Row]) -> bool:
 async def insert_rows(
     connection: Connection, rows: Sequence[Row], now: datetime, *, attempts: int = 1, tries: int = TRIES
 ) -> list[Hindrance]:
-    """Insert rows in one statement. One that fails is found by halving, so the others never know of it.
+    """Insert rows in one statement, in order. One that fails is found by halving, for itself alone.
 
     A row is tried `attempts` times before those after it, where another try can help.
     """
-    # Batches that race for the same keys insert them in the same order: they wait for one another and do
-    # not deadlock.
-    ordered = sorted(rows, key=lambda row: row.run.idempotency_key or "")
     try:
-        records = await fetch_apart(connection, statement("insert_runs"), [row.values() for row in ordered])
+        records = await fetch_apart(connection, statement("insert_runs"), [row.values() for row in rows])
     except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
         if tries <= 1:
             raise

@@ -15,7 +15,7 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:{p}:gate:<env>       string   gate                       `<window> <count> <previous> <tripped until>`
     ns:{p}:entries:<env>    stream   buffer, turns              the buffer: fields run_id, snapshot
     ns:{p}:index:<env>      hash     buffer, turns              run id -> entry id
-    ns:{p}:drain:<env>      hash     buffer, turns              organization_id, queued, holder, taken, done
+    ns:{p}:drain:<env>      hash     buffer, turns              queued, done, taken, uncertain, holder, ...
     ns:{p}:overlays:<env>   hash     buffer                     run id -> changes since it was accepted
     ns:{p}:claim:<digest>   string   claims, buffer             `pending:<token>`, or the winner's run id
     ns:{p}:ready            sorted   buffer, turns              environments with entries, by the oldest

@@ -205,8 +205,8 @@ class Turns(Protocol):
         """
         ...
 
-    async def put_back(self, taken: Sequence[Taken], *, apart: bool) -> None:
-        """Return entries to the buffer, in their place.
+    async def put_back(self, taken: Sequence[Taken], *, apart: bool, may_be_done: bool = False) -> None:
+        """Return entries to the buffer, in their place. What `may_be_done` cannot be changed meanwhile.
 
         `apart`: one of the environments may hang the others, so each is taken on its own next time, later.
 

@@ -2,12 +2,11 @@
 
 import asyncio
 import secrets
-from collections import deque
 from collections.abc import Iterable, Sequence
-from itertools import count
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import Any, Generic
 
-import msgspec
 from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -15,36 +14,46 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app.backoff import Backoff
-from app.errors import BufferUnavailable, InternalError, InvalidRequest, RequestError
+from app.errors import BufferUnavailable, RequestError
+from app.read_reply import Success, read_reply
 from app.redis_client import connect
-from schemas.replies import ErrorDetail, Reply, RunReply
 
 _FIRST_RECONNECT_S, _LONGEST_RECONNECT_S = 0.05, 1.0
 _SILENCE_S = 5.0
 _SENT_AT_ONCE = 500
 _CANCEL_AGAIN_S = 0.05
 
-_decode = msgspec.json.Decoder(Reply).decode
 
+@dataclass(slots=True, eq=False)
+class Posted(Generic[Success]):
+    """A request that waits for its reply, which will be there, or a `RequestError`: the reply is an error, is
+    not of the `expected` kind, or Redis refused the request.
 
-class _Waiting(NamedTuple):
-    """A request whose reply has not come."""
+    `repeatable`: handled twice, it does what it does once. `doubt` says why the reply may never come.
+    """
 
-    future: asyncio.Future[RunReply]
+    number: int
+    stream: str
     body: bytes
+    expected: type[Success]
     repeatable: bool
+    reply: "asyncio.Future[Success]"
+    doubt: str = ""
 
 
 class Postbox:
-    """Two connections, made in the background and made again whenever Redis was away."""
+    """Two connections, made in the background and made again whenever Redis was away.
+
+    A request is appended once, and again only if it is repeatable: when the connection broke while it was
+    sent, or replies may have been missed. One that is not is waited for instead; it may have been appended.
+    """
 
     def __init__(self, redis_url: str, namespace: str) -> None:
         self._redis = connect(redis_url)
         self._redis.set_retry(Retry(NoBackoff(), 0))  # an append that is repeated unseen makes two runs
-        self._stream = f"{namespace}:triggers"
         self._channels = f"{namespace}:reply:{secrets.token_hex(8)}:"
-        self._waiting: dict[int, _Waiting] = {}
-        self._outbox: deque[int] = deque()
+        self._waiting: dict[int, Posted[Any]] = {}
+        self._outbox: dict[int, Posted[Any]] = {}
         self._numbers = count(1)
         self._has_mail = asyncio.Event()
         self._listening = asyncio.Event()
@@ -61,61 +70,76 @@ class Postbox:
             while not task.done():  # redis-py swallows a cancellation that meets the end of a read
                 task.cancel()
                 await asyncio.wait([task], timeout=_CANCEL_AGAIN_S)
-        for waiting in self._waiting.values():
-            waiting.future.cancel()
+        for posted in self._waiting.values():
+            posted.reply.cancel()
         await self._redis.aclose()
 
-    @property
-    def trouble(self) -> str:
-        """Why no reply can be heard just now; empty: they can."""
-        return "" if self._listening.is_set() else self._trouble
-
     def __len__(self) -> int:
-        """How many requests wait for their reply."""
+        """How many requests wait for their reply, sent or not."""
         return len(self._waiting)
 
-    def forget(self, number: int) -> None:
-        """Nobody waits for this request any more. One that is still in the outbox is not sent."""
-        self._waiting.pop(number, None)
+    def trouble(self, posted: Posted[Any]) -> str:
+        """Why the reply to a request does not come; empty: nothing is wrong here."""
+        return posted.doubt or ("" if self._listening.is_set() else self._trouble)
 
-    def post(self, body: bytes, *, repeatable: bool) -> tuple[int, asyncio.Future[RunReply]]:
-        """Put a request into the outbox; its number and what will hold the reply, or a `RequestError`.
+    def post(self, stream: str, body: bytes, expected: type[Success], *, repeatable: bool) -> Posted[Success]:
+        """Put a request into the outbox. The caller forgets it in the end."""
+        reply: asyncio.Future[Success] = asyncio.get_running_loop().create_future()
+        posted = Posted(next(self._numbers), stream, body, expected, repeatable, reply)
+        self._waiting[posted.number] = posted
+        self._put_out(posted)
+        return posted
 
-        `repeatable`: appending it twice cannot make a second run. The caller forgets the number in the end.
-        """
-        number = next(self._numbers)
-        future: asyncio.Future[RunReply] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = _Waiting(future, body, repeatable)
-        self._outbox.append(number)
+    def forget(self, posted: Posted[Any]) -> None:
+        """Nobody waits for this request any more. If it is still in the outbox, it is not sent."""
+        self._waiting.pop(posted.number, None)
+        self._outbox.pop(posted.number, None)
+
+    def _put_out(self, posted: Posted[Any]) -> None:
+        self._outbox[posted.number] = posted
         self._has_mail.set()
-        return number, future
+
+    def _doubt(self, requests: Iterable[Posted[Any]], why: str) -> None:
+        """Replies to what was sent may have been missed: ask once more, where that does no harm."""
+        for posted in requests:
+            is_sent = posted.number in self._waiting and posted.number not in self._outbox
+            if is_sent and not posted.reply.done():
+                posted.doubt = why
+                if posted.repeatable:
+                    self._put_out(posted)
 
     async def _send(self) -> None:
         """Append what is in the outbox, as much at once as there is, but only while replies can be heard."""
+        backoff = Backoff(_FIRST_RECONNECT_S, _LONGEST_RECONNECT_S)
         while True:
             await self._has_mail.wait()
             await self._listening.wait()
-            numbers = [self._outbox.popleft() for _ in range(min(len(self._outbox), _SENT_AT_ONCE))]
+            taken = list(islice(self._outbox.values(), _SENT_AT_ONCE))
+            for posted in taken:
+                del self._outbox[posted.number]
             if not self._outbox:
                 self._has_mail.clear()
-            await self._append([number for number in numbers if number in self._waiting])
+            try:
+                await self._append(taken)
+            except (RedisError, OSError) as error:
+                self._doubt(taken, f"the connection broke while the request was sent ({_words(error)})")
+                await asyncio.sleep(backoff.delay_s())
+            else:
+                backoff.reset()
 
-    async def _append(self, numbers: Sequence[int]) -> None:
-        try:
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for number in numbers:
-                    fields: list[Any] = ["body", self._waiting[number].body]
-                    fields += ["reply_to", f"{self._channels}{number}", "correlation_id", number]
-                    pipeline.execute_command("XADD", self._stream, "*", *fields)
-                answers = await pipeline.execute(raise_on_error=False)
-        except (RedisError, OSError) as error:
-            # What was appended all the same is found again by its run id.
-            for number in numbers:
-                self._fail(number, f"Redis: {_words(error)}; the request may have been accepted")
-            return
-        for number, answer in zip(numbers, answers, strict=True):
-            if isinstance(answer, Exception):
-                self._fail(number, f"Redis refused the request: {_words(answer)}")
+    async def _append(self, requests: Sequence[Posted[Any]]) -> None:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for posted in requests:
+                fields: list[Any] = ["body", posted.body, "reply_to", f"{self._channels}{posted.number}"]
+                fields += ["correlation_id", posted.number]
+                pipeline.execute_command("XADD", posted.stream, "*", *fields)
+            answers = await pipeline.execute(raise_on_error=False)
+        for posted, answer in zip(requests, answers, strict=True):
+            if not isinstance(answer, Exception):
+                posted.doubt = ""
+            elif not posted.reply.done():
+                refusal = BufferUnavailable(f"Redis refused the request: {_words(answer)}")
+                posted.reply.set_exception(refusal)
 
     async def _listen(self) -> None:
         """Hear replies for ever; whenever the connection is lost, subscribe again."""
@@ -143,56 +167,24 @@ class Postbox:
                 await pubsub.ping()
             is_asked = message is None
             if message is not None and message["type"] == "psubscribe":
-                backoff.reset()
-                self._resend_unheard()
+                await (
+                    self._redis.ping()
+                )  # a Redis that still loads its data takes subscriptions, nothing else
+                self._doubt(self._waiting.values(), "the connection was lost, and with it perhaps the reply")
                 self._listening.set()
-            elif message is not None and message["type"] == "pmessage":
-                self._take(int(message["channel"].rpartition(b":")[2]), message["data"])
-
-    def _resend_unheard(self) -> None:
-        """Replies may have been missed while nobody listened: ask again for those that can be."""
-        in_outbox = set(self._outbox)
-        for number, waiting in self._waiting.items():
-            if waiting.repeatable and number not in in_outbox and not waiting.future.done():
-                self._outbox.append(number)
-                self._has_mail.set()
+            elif message is not None:
+                backoff.reset()  # not before: a reply that breaks the connection would break it at once again
+                if message["type"] == "pmessage":
+                    self._take(int(message["channel"].rpartition(b":")[2]), message["data"])
 
     def _take(self, number: int, message: bytes) -> None:
-        waiting = self._waiting.get(number)
-        if waiting is None or waiting.future.done():
+        posted = self._waiting.get(number)
+        if posted is None or posted.reply.done():
             return
         try:
-            reply = _decode(message)
-        except msgspec.MsgspecError as error:
-            waiting.future.set_exception(InternalError(f"the reply cannot be read: {error}"))
-            return
-        if isinstance(reply, RunReply):
-            waiting.future.set_result(reply)
-        else:
-            waiting.future.set_exception(error_of(reply.error))
-
-    def _fail(self, number: int, why: str) -> None:
-        waiting = self._waiting.get(number)
-        if waiting is not None and not waiting.future.done():
-            waiting.future.set_exception(BufferUnavailable(why))
-
-
-def error_of(detail: ErrorDetail) -> RequestError:
-    """The error that a reply speaks of. A code from a newer service keeps its being retryable or not."""
-    known = _CLASSES.get(detail.code)
-    if known is not None:
-        return known(detail.message)
-    unknown = InternalError if detail.retryable else InvalidRequest
-    return unknown(f"{detail.code}: {detail.message}")
-
-
-def _subclasses(root: type[RequestError]) -> Iterable[type[RequestError]]:
-    for one in root.__subclasses__():
-        yield one
-        yield from _subclasses(one)
-
-
-_CLASSES = {one.code: one for one in _subclasses(RequestError) if "code" in vars(one)}
+            posted.reply.set_result(read_reply(message, posted.expected))
+        except RequestError as error:
+            posted.reply.set_exception(error)
 
 
 def _words(error: Exception) -> str:

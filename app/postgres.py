@@ -60,11 +60,17 @@ async def acquire(pool: "asyncpg.Pool[asyncpg.Record]", timeout_s: float) -> Asy
             is_acquired = True
             yield connection
     except Exception as error:
-        if is_acquired and isinstance(error, TimeoutError | asyncpg.QueryCanceledError):
-            raise StatementTimedOut from error
-        if is_unavailable(error):
-            raise StoreUnavailable from error
-        raise
+        if not is_unavailable(error):
+            raise
+        is_hung = is_acquired and isinstance(error, TimeoutError | asyncpg.QueryCanceledError)
+        failure = StatementTimedOut() if is_hung else StoreUnavailable()
+        failure.may_be_done = is_acquired and not _is_answer(error)
+        raise failure from error
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether an error came from the server, which then has done nothing."""
+    return isinstance(error, asyncpg.PostgresError) and (error.sqlstate or "08")[:2] != "08"
 
 
 def is_unavailable(error: Exception) -> bool:
@@ -73,7 +79,7 @@ def is_unavailable(error: Exception) -> bool:
         return (error.sqlstate or "XX")[:2] in _UNAVAILABLE_CLASSES
     if isinstance(error, asyncpg.InterfaceError):
         return not isinstance(error, ValueError)
-    return isinstance(error, OSError | TimeoutError)
+    return isinstance(error, OSError | TimeoutError | asyncpg.InternalClientError)
 
 
 def is_final(error: Exception) -> bool:

@@ -112,6 +112,8 @@ class Scripts:
                 answers: list[Any] = await pipeline.execute(raise_on_error=False)
         except LOST as error:
             raise Unreachable(f"Redis: {error}") from error
+        except RuntimeError as error:  # uvloop's word for a connection that was closed under a write
+            raise Unreachable(f"Redis: {error}") from error
         for answer in answers:
             if isinstance(answer, LOST):
                 raise Unreachable(f"Redis: {answer}") from answer

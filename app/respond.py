@@ -34,11 +34,11 @@ class Respond:
             lost = await self._desk.set_aside(dead)
             finished = [item for item in finished if item not in lost]
         replies = [(item, encode_reply(item, batch.now)) for item in finished]
-        await self._desk.respond(replies)
-        self._telemetry.responded(finished)
         if self._enabled:
             runs = [item.run for item in finished if item.run is not None and _is_settled_id(item)]
             await self._reservations.release(runs)
+        await self._desk.respond(replies)
+        self._telemetry.responded(finished)
 
 
 def encode_reply(item: Item, now: datetime) -> bytes | None:
@@ -88,4 +88,7 @@ def _is_dead(item: Item) -> bool:
 
 def _is_settled_id(item: Item) -> bool:
     """Whether a caller-chosen id need not be held any longer: its run is a row, or came to nothing."""
-    return item.has_chosen_id and not (isinstance(item.outcome, Answer) and item.outcome.is_mollified)
+    outcome, run = item.outcome, item.run
+    is_buffered = isinstance(outcome, Answer) and outcome.is_mollified
+    is_own = isinstance(outcome, Answer) and run is not None and outcome.run_id == run.id
+    return item.has_chosen_id and not (is_buffered and is_own)

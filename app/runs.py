@@ -155,12 +155,21 @@ class Runs:
                 return before
             changed: Found | None
             if isinstance(before, StoredRun):
-                changed = await self._store.change(before, after)
+                changed = await self._change_row(before, after)
             else:
                 changed = await self._buffer.change(before, after, now)
             if changed is not None:
                 return changed
             pause_s = await self._pause(pause_s, deadline)
+
+    async def _change_row(self, before: StoredRun, after: Row) -> StoredRun | None:
+        try:
+            return await self._store.change(before, after)
+        except StoreUnavailable as error:
+            if not error.may_be_done:
+                raise
+            # Nobody knows whether it was changed. The operation comes again, and finds out.
+            raise Unreachable(f"Postgres: {error}") from error
 
     async def _until_it_moves(self, tenancy: Tenancy, run_id: str, now: datetime, deadline: float) -> None:
         """Wait until an entry is no longer being drained, looking at Redis only."""

@@ -134,7 +134,7 @@ class Schedule:
         for arrival in arrivals:
             arguments += (arrival.environment, arrival.generation, arrival.entries, arrival.organization)
         try:
-            ((wait_ms, *shares),) = await self._scripts.demand(
+            ((wait_ms, held, *shares),) = await self._scripts.demand(
                 [Call("schedule", [self._keys.turns], arguments)]
             )
         except BaseException:
@@ -147,10 +147,11 @@ class Schedule:
             for environment, entries in zip(shares[::2], shares[1::2], strict=True)
         }
         self._held |= handed_out.keys()
+        self._is_sure = held == len(self._held)
         return handed_out
 
     async def _recollect(self) -> None:
-        """Find out what was handed out in an answer that was lost."""
+        """Find out what was handed out in an answer that was lost, the first of two perhaps."""
         if self._is_sure:
             return
         (handed_out,) = await self._scripts.demand(

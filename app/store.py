@@ -6,11 +6,12 @@ from datetime import UTC, datetime
 from operator import itemgetter
 
 import asyncpg
+from msgspec.structs import replace
 
 from app.batch import Answer, Parent
 from app.debounce import debounce
 from app.errors import RequestError
-from app.inserts import Hindrance, answer, copy_rows, insert_rows, key_columns, look_up, own_answer
+from app.inserts import Hindrance, answer, copy_rows, free_keys, insert_rows, key_columns, look_up, own_answer
 from app.ports import KeyHolder
 from app.postgres import Connection, acquire, refusal, statement
 from app.rows import Materialised, Row, status_at
@@ -68,16 +69,31 @@ class PostgresStore:
         """See `ports.Materialiser.materialise`."""
         async with acquire(self._pool, self._timeout_s) as connection:
             if await copy_rows(connection, rows):
-                results = [Materialised("inserted")] * len(rows)
+                results: Sequence[Materialised] = [Materialised("inserted")] * len(rows)
             else:
-                hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
-                results = [
-                    _materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)
-                ]
+                results = await self._insert(connection, rows, now)
                 await _reconcile(connection, rows, results)
             ended = [row.run.id for row in rows if row.is_final]
             if ended:
                 await connection.execute(statement("complete_waitpoints"), ended)
+        return results
+
+    async def _insert(
+        self, connection: Connection, rows: Sequence[Row], now: datetime
+    ) -> Sequence[Materialised]:
+        """Insert rows that something may be in the way of. Keys that are free by now are freed first, so that
+        none of them needs a second statement, in which it would come after its neighbours.
+        """
+        keyed = [row.run for row in rows if row.run.idempotency_key is not None]
+        if keyed:
+            await free_keys(connection, keyed, now)
+        hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
+        results = [_materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)]
+        for position, (row, result) in enumerate(zip(rows, results, strict=True)):
+            # A cancelled run that lost its key stays cancelled: it is a row of its own, which holds no key.
+            if result.result == "alias" and row.status == "CANCELED":
+                (hindrance,) = await insert_rows(connection, [_without_key(row)], now)
+                results[position] = _materialised(row, hindrance)
         return results
 
     async def ping(self) -> float:
@@ -117,8 +133,18 @@ async def _insert_runs(
 async def _insert_new(
     connection: Connection, rows: Sequence[Row], now: datetime
 ) -> Sequence[Answer | RequestError]:
-    hindrances = await insert_rows(connection, rows, now) if rows else ()
-    return [answer(row.run, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)]
+    """Insert rows in the order of their keys: batches that race for the same ones then wait for one another,
+    and do not deadlock.
+    """
+    if not rows:
+        return []
+    order = sorted(range(len(rows)), key=lambda position: rows[position].run.idempotency_key or "")
+    hindrances = await insert_rows(connection, [rows[position] for position in order], now)
+    answers = {
+        position: answer(rows[position].run, hindrance)
+        for position, hindrance in zip(order, hindrances, strict=True)
+    }
+    return [answers[position] for position in range(len(rows))]
 
 
 async def _let_parents_wait(
@@ -134,7 +160,9 @@ async def _let_parents_wait(
 
 
 async def _reconcile(connection: Connection, rows: Sequence[Row], results: Sequence[Materialised]) -> None:
-    """Write down which rows are aliases, and amend those that were there without their last changes."""
+    """Write down which rows are aliases, and that what was changed on them is their winner's; and amend those
+    that were there without their last changes.
+    """
     materialised = list(zip(rows, results, strict=True))
     aliases = [
         (row.run.id, result.winner_id, row.run.environment_id)
@@ -143,9 +171,20 @@ async def _reconcile(connection: Connection, rows: Sequence[Row], results: Seque
     ]
     if aliases:
         await connection.execute(statement("insert_aliases"), *zip(*aliases, strict=True))
+    merged = [
+        (row.run.id, result.winner_id, row.run.tags, (row.run.metadata or b"null").decode())
+        for row, result in materialised
+        if result.winner_id is not None and row.revision
+    ]
+    for change in merged:
+        await connection.execute(statement("merge_into_winner"), *change)
     changed = [row for row, result in materialised if result.result == "present" and row.revision]
     if changed:
         await connection.execute(statement("amend_runs"), [row.values() for row in changed])
+
+
+def _without_key(row: Row) -> Row:
+    return row._replace(run=replace(row.run, idempotency_key=None, idempotency_key_expires_at=None))
 
 
 def _materialised(row: Row, hindrance: Hindrance) -> Materialised:

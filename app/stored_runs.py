@@ -51,6 +51,8 @@ class PostgresStoredRuns:
                 new.idempotency_key_expires_at,
                 after.revision,
                 list(after.applied),
+                old.run.delay_until,
+                old.run.idempotency_key,
             )
         return None if record is None else stored_run(record)
 

@@ -81,9 +81,9 @@ class RedisTurns:
         marks = {one.environment_id: (one.entries[-1][0], len(one.entries)) for one in taken}
         await self._settle(marks, claims, "done")
 
-    async def put_back(self, taken: Sequence[Taken], *, apart: bool) -> None:
+    async def put_back(self, taken: Sequence[Taken], *, apart: bool, may_be_done: bool = False) -> None:
         """See `ports.Turns.put_back`."""
-        marks = {one.environment_id: ("", 0) for one in taken}
+        marks = {one.environment_id: (one.entries[-1][0] if may_be_done else "", 0) for one in taken}
         await self._settle(marks, {}, "failed" if apart else "done")
 
     async def _settle(

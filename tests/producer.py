@@ -46,6 +46,12 @@ def request(environment: str, enrolled: bool | None = None, **fields: Any) -> di
     }
 
 
+def operation(kind: str, environment: str, organization: str | None = None, **fields: Any) -> dict[str, Any]:
+    """The body of an operation of a tenant, who is that of `request` if no organization is given."""
+    tenant = {"id": environment, "organization_id": organization or f"org_of_{environment}"}
+    return {"type": kind, "environment": tenant, **fields}
+
+
 def plain(body: bytes, reply_to: str | None, correlation_id: str | None) -> Fields:
     """The envelope for any Redis client."""
     fields: Fields = {"body": body}
@@ -154,16 +160,15 @@ class Producer:
         """Send one request and wait for its reply."""
         return await self.reply(await self.send(body), within)
 
-    async def operate(self, kind: str, environment: str, within: float = 10, **fields: object) -> Reply:
-        """Send one operation and wait for its reply. The organization is that of `request`."""
-        tenant = request(environment)["environment"]
-        body = {
-            "type": kind,
-            "environment": {name: tenant[name] for name in ("id", "organization_id")},
-            **fields,
-        }
-        (name,) = await self.send_all([body], stream=f"{self.group}:operations")
-        return await self.reply(name, within)
+    async def operate(self, kind: str, environment: str, within: float = 10, **fields: Any) -> Reply:
+        """Send one operation and wait for its reply."""
+        (reply,) = await self.operate_all([operation(kind, environment, **fields)], within)
+        return reply
+
+    async def operate_all(self, bodies: Sequence[object], within: float = 10) -> list[Reply]:
+        """Send operations as one batch and wait for their replies, in order."""
+        names = await self.send_all(bodies, stream=f"{self.group}:operations")
+        return await self.all_replies(names, within)
 
     async def ask_all(self, bodies: Sequence[object], within: float = 10) -> list[Reply]:
         """Send requests as one batch and wait for their replies, in order."""

@@ -198,3 +198,21 @@ async def test_the_limit_counts_what_is_queued_not_what_is_remembered(
     await turns.settle(await turns.take(9), [])
     outcomes = await buffer.accept([run(), run(), run()], [None] * 3)
     assert [type(outcome).__name__ for outcome in outcomes] == ["Answer", "Answer", "QueueLimitExceeded"]
+
+
+async def test_g2_what_was_handed_out_twice_in_one_call_is_found_again(
+    make_buffer: Callable[..., RedisBuffer], make_turns: Callable[..., RedisTurns]
+) -> None:
+    """The client repeats a call whose connection broke: only the second answer is seen, and it is empty."""
+    runs = await accept(make_buffer, 3)
+    turns = make_turns()
+    send = turns._scripts._send
+
+    async def repeat(calls: Sequence[Call]) -> list[Any]:
+        await send(calls)
+        return await send(calls)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns._scripts, "_send", repeat)
+        assert await turns.take(9) == []
+    assert ids(await turns.take(9)) == [one.id for one in runs]

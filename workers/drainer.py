@@ -68,8 +68,10 @@ class Drainer(Process):
             return await self._drain.take()
         except Unreachable as error:
             self.world.telemetry.unreachable("drain", error)
-            self._trouble_s = self._backoff.delay_s()
-            return ()
+        except Exception as error:
+            self.world.telemetry.failed("batch.failed", error)
+        self._trouble_s = self._backoff.delay_s()
+        return ()
 
     async def _handle(self, taken: Sequence[Taken]) -> None:
         try:

@@ -10,6 +10,7 @@ from app.cli.demo import demo
 from app.cli.dev import dev
 from app.cli.drain import drain
 from app.cli.migrate import migrate
+from app.cli.runs import runs
 from app.cli.trigger import trigger
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for command in (demo, dev, trigger, migrate, config):
     app.command()(command)
+app.add_typer(runs, name="runs")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(drain, name="drain")
 

@@ -17,7 +17,7 @@ local function numbers(id)
 end
 
 local ms, sequence = numbers(entry)
-for _, mark in ipairs({ 'done', 'taken' }) do
+for _, mark in ipairs({ 'done', 'taken', 'uncertain' }) do
   local id = redis.call('HGET', KEYS[3], mark)
   if id then
     local mark_ms, mark_sequence = numbers(id)

@@ -27,11 +27,11 @@ local function reaches(mark)
   return ms < mark_ms or (ms == mark_ms and sequence <= mark_sequence)
 end
 
-local marks = redis.call('HMGET', KEYS[3], 'done', 'taken')
+local marks = redis.call('HMGET', KEYS[3], 'done', 'taken', 'uncertain')
 local state = 'QUEUED'
 if reaches(marks[1]) then
   state = 'MATERIALISED'
-elseif reaches(marks[2]) then
+elseif reaches(marks[2]) or reaches(marks[3]) then
   state = 'DRAINING'
 end
 return { state, found[2][4], redis.call('HGET', KEYS[4], ARGV[1]) }

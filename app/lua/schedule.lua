@@ -8,12 +8,13 @@
 --        6 n reports, each: environment, entries taken, entries it still has ('' unknown), the generation that
 --        this is true of, 'done', 'busy' (another drainer has it), or 'failed' (to be tried on its own, later)
 --        then arrivals, each: environment, its generation, entries, organization
--- return {ms until there may be more, then pairs: environment, how many entries}
+-- return {ms until there may be more, how many environments the taker holds, then pairs: environment, how many
+--        entries}
 --
 -- What is handed out is the taker's alone until it reports. A generation is a time of the server in us, an
 -- environment's own is when it last became ready: that it was empty before that does not count any more.
 --
--- Safe to run twice: an unreported turn is returned with the taker's end, a second report is ignored.
+-- Safe to run twice: a second report is ignored, and the taker can see that it holds more than it was told of.
 
 local turns, taker = KEYS[1], ARGV[1]
 local most, quantum, rate, reports = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
@@ -234,7 +235,7 @@ for _, state in ipairs(postponed) do
   place(state, state.virtual)
 end
 
-local answer, spent = { 1000 }, 0
+local answer, spent = { 1000, 0 }, 0
 for _, environment in ipairs(chosen) do
   local share = shares[environment]
   place(share.state, '+inf')
@@ -258,4 +259,5 @@ if next_rest then
   wait = math.min(wait or 1000, tonumber(next_rest) - now)
 end
 answer[1] = math.max(1, math.ceil(math.min(wait or 1000, 1000)))
+answer[2] = redis.call('HLEN', held)
 return answer

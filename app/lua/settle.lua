@@ -4,8 +4,9 @@
 -- grace time is over (forget.lua).
 --
 -- KEYS   1 ready    2 grace    3 totals; then per environment: entries, drain, and the claims of its keyed runs
--- ARGV   1 the taker    2 grace time in ms; then per environment: its id, the last settled entry's id ('' for
---        none: all is put back), how many were settled, n, and the run ids that its n claims must name
+-- ARGV   1 the taker    2 grace time in ms; then per environment: its id, the last settled entry's id, how many
+--        were settled, n, and the run ids that its n claims must name. None settled: all is put back; up to the
+--        entry that is named then, if one is, it may be in Postgres all the same, so it stays DRAINING
 -- return per environment: {entries still queued, now as a generation}, or false when the taker no longer holds it
 --
 -- Safe to run twice: the second run finds that the taker holds nothing.
@@ -16,18 +17,35 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local generation = string.format('%.0f', time[1] * 1000000 + time[2])
 local answer, key, argument = {}, 4, 3
 
+local function numbers(id)
+  local ms, sequence = string.match(id, '^(%d+)-(%d+)$')
+  return tonumber(ms), tonumber(sequence)
+end
+
+local function reaches(id, mark)
+  local ms, sequence = numbers(id)
+  local mark_ms, mark_sequence = numbers(mark)
+  return ms > mark_ms or (ms == mark_ms and sequence >= mark_sequence)
+end
+
 while argument <= #ARGV do
   local entries, drain = KEYS[key], KEYS[key + 1]
   local id, last, settled, claims =
     ARGV[argument], ARGV[argument + 1], tonumber(ARGV[argument + 2]), tonumber(ARGV[argument + 3])
   key, argument = key + 2, argument + 4
-  local state = redis.call('HMGET', drain, 'holder', 'queued')
+  local state = redis.call('HMGET', drain, 'holder', 'queued', 'uncertain')
   local queued = tonumber(state[2]) or 0
 
   if state[1] ~= taker then
     answer[#answer + 1] = false
   else
     redis.call('HDEL', drain, 'holder', 'taken')
+    local uncertain = state[3]
+    if settled == 0 and last ~= '' and not (uncertain and reaches(uncertain, last)) then
+      redis.call('HSET', drain, 'uncertain', last)
+    elseif settled > 0 and uncertain and reaches(last, uncertain) then
+      redis.call('HDEL', drain, 'uncertain')
+    end
     if settled > 0 then
       redis.call('HSET', drain, 'done', last)
       queued = redis.call('HINCRBY', drain, 'queued', -settled)

@@ -1,6 +1,6 @@
 -- Change one run, if nobody has changed it since. Who waits for a run that this ends waits no longer.
 -- $1 id  $2 organization id  $3 environment id; text
--- $4 revision  $5 status  $6 metadata version: as they must be
+-- $4 revision  $5 status  $6 metadata version  $18 delay_until  $19 idempotency key: as they must be
 -- $7 status  $8 delay_until  $9 tags  $10 metadata  $11 metadata version  $12 cancelled_at  $13 cancel_reason
 -- $14 idempotency key  $15 its expiry  $16 revision  $17 applied: as they are to be
 -- Returns its row, or none.
@@ -11,6 +11,7 @@ WITH changed AS (
         applied = $17, updated_at = now()
     WHERE run.id = $1 AND run.organization_id = $2 AND run.environment_id = $3
         AND run.revision = $4 AND run.status = $5 AND run.metadata_version = $6
+        AND run.delay_until IS NOT DISTINCT FROM $18 AND run.idempotency_key IS NOT DISTINCT FROM $19
     RETURNING run.*
 ),
 ended AS (

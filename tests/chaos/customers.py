@@ -85,7 +85,7 @@ class Customer:
 
     def _keyed(self, request: str, now: float) -> Wish:
         key = f"long {int(now) // _SLOT_S} {self._random.randrange(6)}"
-        options = {"idempotency_key": key}
+        options: Body = {"idempotency_key": key}
         if self._random.random() < 0.5:
             options["idempotency_key_ttl"] = "24h"
         if self._random.random() < 0.2:

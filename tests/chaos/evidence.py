@@ -40,14 +40,17 @@ class End:
 
 
 class Happened(NamedTuple):
-    """A fault that was injected. Times are seconds since 1970; `healed_at` is the injection's own where nothing
-    has to be healed for others to go on."""
+    """A fault that was injected. Times are seconds since 1970.
+
+    Between `begun_at` and `injected_at` it was on its way. `healed_at` is `injected_at` where others go on
+    without any healing.
+    """
 
     kind: str
     target: str
+    begun_at: float
     injected_at: float
     healed_at: float
-    promise_s: float
     over_at: float
 
 
@@ -101,8 +104,15 @@ class Story:
 
     def jumped(self, start: float, end: float) -> bool:
         """Whether some process' clock was wrong at any time between two others."""
+        return self._was("clock jump", start, end)
+
+    def was_off(self, start: float, end: float) -> bool:
+        """Whether some trigger worker was switched off at any time between two others."""
+        return self._was("master switch", start, end)
+
+    def _was(self, kind: str, start: float, end: float) -> bool:
         return any(
-            "clock" in fault.kind and fault.injected_at <= end and start <= fault.over_at
+            kind in fault.kind and fault.begun_at - 1 <= end and start <= fault.over_at + 1
             for fault in self.faults
         )
 

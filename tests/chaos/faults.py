@@ -1,17 +1,18 @@
 """The faults: each breaks something for a while and heals it again.
 
-A fault is an async context manager: entering it injects, leaving it heals. It yields what it hit. `promise_s`
-is how long after healing (`heals_at_once`: after the injection, since nothing has to be healed for others to
-take over) a request is answered, and a buffered run is a row, at the latest.
+A fault is an async context manager: entering it injects, leaving it heals. It yields what it hit.
 """
 
 import asyncio
+import os
 import random
 import signal
+import sys
+from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import asyncpg
 from redis.asyncio import Redis
@@ -20,14 +21,32 @@ from redis.backoff import NoBackoff
 
 from app.embedded import Postgres, Valkey
 from tests.chaos.fleet import Fleet, Member
+from tests.chaos.proxy import DISTANCE_S
+from tests.processes import ROOT
 
 HEARTBEAT_S = 1.5
 CLAIM_TTL_S = 4
 STORE_TIMEOUT_S = 1.0
 
-_TAKEN_OVER_S = HEARTBEAT_S + 1
-_REDIS_S = 5.0
-_POSTGRES_S = 6.0
+
+class Promise(NamedTuple):
+    """How long after the healing a request is answered, and a buffered run is a row, at the latest."""
+
+    answer_s: float
+    row_s: float
+
+
+TAKEN_OVER = Promise(HEARTBEAT_S + 1, HEARTBEAT_S + 1)
+"""What a dead process held is taken over within HEARTBEAT_TTL_MS and one second."""
+
+REDIS = Promise(2.0, 6.0)
+"""A reader tries again after one second at the latest, a drainer after five; and one to connect."""
+
+POSTGRES = Promise(2.0, 6.0)
+"""One request a second finds out that Postgres is well again; a drainer tries after five at the latest."""
+
+HUNG = Promise(2.0, 31.0)
+"""Environments whose statements hung are tried again after half a minute at the latest."""
 
 
 @dataclass(slots=True)
@@ -50,12 +69,15 @@ Break = Callable[[Scene, random.Random], AbstractAsyncContextManager[str]]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of fault. It lasts between the two times, in seconds."""
+    """A kind of fault. It lasts between the two times, in seconds.
+
+    `heals_at_once`: others take over without any healing, so the promise counts from the injection.
+    """
 
     name: str
     inject: Break
     lasts_s: tuple[float, float]
-    promise_s: float
+    promise: Promise
     heals_at_once: bool = False
 
 
@@ -83,6 +105,24 @@ def _killed(*lines: str) -> Break:
                 await member.wait_ready()
 
     return fault
+
+
+@asynccontextmanager
+async def _all_killed(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
+    """Everybody who does one job, at once."""
+    line = rng.choice(["triggers", "drainer", "operations"])
+    async with AsyncExitStack() as stack:
+        members = scene.fleet.of(line)
+        for member in members:
+            await stack.enter_async_context(member.busy)
+        for member in members:
+            member.kill()
+        try:
+            yield f"all of {line}"
+        finally:
+            for member in members:
+                member.start()
+            await asyncio.gather(*(member.wait_ready() for member in members))
 
 
 @asynccontextmanager
@@ -131,6 +171,36 @@ async def _jumping(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
             member.send(signal.SIGUSR1)
 
 
+@asynccontextmanager
+async def _drain_paused(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
+    """By the operator's command; meanwhile everything stays in the buffer, and is changed there."""
+    await _drain(scene, "pause")
+    try:
+        yield "drain"
+    finally:
+        await _drain(scene, "resume")
+
+
+async def _drain(scene: Scene, command: str) -> None:
+    """Postgres may be away for the moment: try until it is done."""
+    environment = {**os.environ, "DATABASE_URL": scene.postgres.url, "REDIS_URL": scene.valkey.url}
+    while True:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "app.cli",
+            "drain",
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=DEVNULL,
+            stderr=DEVNULL,
+        )
+        if await process.wait() == 0:
+            return
+        await asyncio.sleep(0.2)
+
+
 def _server(which: str, action: str) -> Break:
     @asynccontextmanager
     async def fault(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
@@ -174,7 +244,7 @@ async def _delayed(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
         yield ", ".join(link.name for link in slow)
     finally:
         for link in slow:
-            link.delay_s = 0.0
+            link.delay_s = DISTANCE_S
 
 
 @asynccontextmanager
@@ -290,28 +360,30 @@ async def _table_locked(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
 SHORT, LONG = (0.5, 3.0), (HEARTBEAT_S + 0.5, CLAIM_TTL_S + 3.0)
 
 KINDS = (
-    Kind("trigger worker killed", _killed("triggers"), SHORT, _TAKEN_OVER_S, heals_at_once=True),
-    Kind("drainer killed", _killed("drainer"), SHORT, _TAKEN_OVER_S, heals_at_once=True),
-    Kind("operations worker killed", _killed("operations"), SHORT, _TAKEN_OVER_S, heals_at_once=True),
-    Kind("sweeper killed", _killed("sweeper"), SHORT, _TAKEN_OVER_S, heals_at_once=True),
-    Kind("process restarted in order", _left, SHORT, _TAKEN_OVER_S, heals_at_once=True),
-    Kind("process frozen for a moment", _frozen, (0.2, HEARTBEAT_S - 0.5), _TAKEN_OVER_S),
-    Kind("process frozen past its claims", _frozen, LONG, _TAKEN_OVER_S, heals_at_once=True),
-    Kind("master switch off in one worker", _switched_off, (2.0, 5.0), _TAKEN_OVER_S),
-    Kind("clock jump in one process", _jumping, (1.0, 4.0), _TAKEN_OVER_S),
-    Kind("redis killed", _server("redis", "kill"), SHORT, _REDIS_S),
-    Kind("redis restarted", _server("redis", "stop"), SHORT, _REDIS_S),
-    Kind("redis frozen", _server("redis", "pause"), SHORT, _REDIS_S),
-    Kind("redis out of memory", _configured("maxmemory", "1", "0"), SHORT, _REDIS_S),
-    Kind("redis out of connections", _few_clients, SHORT, _REDIS_S),
-    Kind("scripts flushed", _scripts_flushed, SHORT, _REDIS_S),
-    Kind("postgres killed", _server("postgres", "kill"), SHORT, _POSTGRES_S),
-    Kind("postgres restarted", _server("postgres", "stop"), SHORT, _POSTGRES_S),
-    Kind("postgres frozen", _server("postgres", "pause"), SHORT, _POSTGRES_S),
-    Kind("postgres read-only", _read_only, SHORT, _POSTGRES_S),
-    Kind("postgres out of connections", _no_slots, SHORT, _POSTGRES_S),
-    Kind("table locked", _table_locked, SHORT, _POSTGRES_S),
-    Kind("connections cut", _cut, SHORT, _REDIS_S),
-    Kind("connections delayed", _delayed, (1.0, 4.0), _REDIS_S),
-    Kind("connections hanging", _hanging, LONG, _REDIS_S),
+    Kind("trigger worker killed", _killed("triggers"), SHORT, TAKEN_OVER, heals_at_once=True),
+    Kind("drainer killed", _killed("drainer"), SHORT, TAKEN_OVER, heals_at_once=True),
+    Kind("operations worker killed", _killed("operations"), SHORT, TAKEN_OVER, heals_at_once=True),
+    Kind("sweeper killed", _killed("sweeper"), SHORT, TAKEN_OVER, heals_at_once=True),
+    Kind("all of a kind killed", _all_killed, SHORT, TAKEN_OVER),
+    Kind("drain paused", _drain_paused, (2.0, 5.0), TAKEN_OVER),
+    Kind("process restarted in order", _left, SHORT, TAKEN_OVER, heals_at_once=True),
+    Kind("process frozen for a moment", _frozen, (0.2, HEARTBEAT_S - 0.5), TAKEN_OVER),
+    Kind("process frozen past its claims", _frozen, LONG, TAKEN_OVER, heals_at_once=True),
+    Kind("master switch off in one worker", _switched_off, (2.0, 5.0), TAKEN_OVER),
+    Kind("clock jump in one process", _jumping, (1.0, 4.0), TAKEN_OVER),
+    Kind("redis killed", _server("redis", "kill"), SHORT, REDIS),
+    Kind("redis restarted", _server("redis", "stop"), SHORT, REDIS),
+    Kind("redis frozen", _server("redis", "pause"), SHORT, REDIS),
+    Kind("redis out of memory", _configured("maxmemory", "1", "0"), SHORT, REDIS),
+    Kind("redis out of connections", _few_clients, SHORT, REDIS),
+    Kind("scripts flushed", _scripts_flushed, SHORT, REDIS),
+    Kind("postgres killed", _server("postgres", "kill"), SHORT, POSTGRES),
+    Kind("postgres restarted", _server("postgres", "stop"), SHORT, POSTGRES),
+    Kind("postgres frozen", _server("postgres", "pause"), SHORT, HUNG),
+    Kind("postgres read-only", _read_only, SHORT, POSTGRES),
+    Kind("postgres out of connections", _no_slots, SHORT, POSTGRES),
+    Kind("table locked", _table_locked, SHORT, HUNG),
+    Kind("connections cut", _cut, SHORT, REDIS),
+    Kind("connections delayed", _delayed, (1.0, 4.0), HUNG),
+    Kind("connections hanging", _hanging, LONG, HUNG),
 )

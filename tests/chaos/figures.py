@@ -3,7 +3,9 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from tests.chaos.evidence import Story, Violation
+from tests.chaos.evidence import Happened, Story, Violation
+from tests.chaos.faults import KINDS
+from tests.chaos.probes import recovery
 from tests.chaos.storm import Outcome
 
 
@@ -22,7 +24,7 @@ def figures(outcome: Outcome, violations: Sequence[Violation]) -> str:
         f"| replies | {len(replies):,} |",
         f"| answered twice or more | {sum(len(one.replies) > 1 for one in attempts):,} |",
         f"| runs in Postgres | {len(story.end.rows):,} |",
-        f"| of these through the buffer | {sum(row['buffered_at'] is not None for row in story.end.rows):,} |",
+        f"| of these through the buffer | {sum(bool(row['buffered_at']) for row in story.end.rows):,} |",
         f"| aliases | {len(story.end.aliases):,} |",
         f"| dead letters | {dict(Counter(letter['reason'] for letter in story.end.dead_letters))} |",
         f"| faults | {len(story.faults)} |",
@@ -30,34 +32,39 @@ def figures(outcome: Outcome, violations: Sequence[Violation]) -> str:
         "",
         f"errors told: {dict(codes.most_common())}",
         "",
-        "| fault | times | promised | first answer | first row | last answer of what was under way |",
-        "|---|---|---|---|---|---|",
+        "| fault | times | first answer | first row | last answer of what was under way |",
+        "|---|---|---|---|---|",
     ]
+    promises = {kind.name: kind.promise for kind in KINDS}
+    answered, drained = sorted(outcome.pulse.answered), sorted(outcome.pulse.drained)
     for kind in sorted({fault.kind for fault in story.faults}):
         happened = [fault for fault in story.faults if fault.kind == kind]
-        recoveries = [one for one in outcome.recoveries if one.kind == kind]
+        promise = promises[kind]
         lines.append(
-            f"| {kind} | {len(happened)} | {happened[0].promise_s:.1f} s"
-            f" | {_slowest(one.answered_s for one in recoveries)}"
-            f" | {_slowest(one.drained_s for one in recoveries)}"
-            f" | {_slowest(_last_answer(story, fault.injected_at, fault.healed_at) for fault in happened)} |"
+            f"| {kind} | {len(happened)}"
+            f" | {_slowest(recovery(answered, fault, story.faults) for fault in happened)}"
+            f" of {promise.answer_s:.1f} s"
+            f" | {_slowest(recovery(drained, fault, story.faults) for fault in happened)}"
+            f" of {promise.row_s:.1f} s"
+            f" | {_slowest(_last_answer(story, fault) for fault in happened)} |"
         )
     return "\n".join(lines)
 
 
 def _slowest(times: Iterable[float | None]) -> str:
-    known = [float("inf") if one is None else max(one, 0.0) for one in times]
+    known = [one for one in times if one is not None]
     return f"{max(known):.2f} s" if known else "-"
 
 
-def _last_answer(story: Story, injected: float, healed: float) -> float:
-    """How long after a fault was healed the last of the requests was answered that were under way then."""
+def _last_answer(story: Story, fault: Happened) -> float | None:
+    """How long after a fault was healed the last of the requests was answered that were under way then; None
+    where another fault came in between."""
     late = [
-        attempt.replies[0].at - healed
+        attempt.replies[0].at
         for attempt in story.attempts
         if attempt.fate == "sent"
         and attempt.replies
-        and injected - 1 <= attempt.sending_at <= max(healed, injected + 0.1)
-        and attempt.replies[0].at > healed
+        and fault.injected_at - 1 <= attempt.sending_at <= max(fault.healed_at, fault.injected_at + 0.1)
+        and attempt.replies[0].at > fault.healed_at
     ]
-    return max(late, default=0.0)
+    return recovery([max(late)], fault, story.faults) if late else None

@@ -1,4 +1,4 @@
-"""The processes of the storm: each has its own links to the servers, and can be killed, frozen and replaced."""
+"""The processes of the storm: each has links of its own to the servers, and can be killed and replaced."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""What producers sent and were told: one JSON line for each event, in the file before the next thing happens."""
+"""What producers sent and were told: one JSON line for each event, written before the next thing happens."""
 
 import json
 import time
@@ -62,7 +62,7 @@ class Attempt:
 
 @dataclass(slots=True)
 class Record:
-    """Everything that the producers of one storm wrote down. `deaf`: when one of them could hear no replies."""
+    """Everything that the producers of one storm wrote down. `deaf`: when which of them heard no replies."""
 
     attempts: dict[str, Attempt] = field(default_factory=dict)
     deaf: list[tuple[str, float, float]] = field(default_factory=list)

@@ -1,7 +1,8 @@
-"""How producers send and listen: with a plain Redis client, or with FastStream. Neither ever repeats by itself."""
+"""How producers send and listen: with a plain Redis client, or with FastStream. Neither repeats by itself."""
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
@@ -89,7 +90,7 @@ class PlainPost:
                 await pubsub.psubscribe(f"{self._channels}*")
                 await self._hear(pubsub)
             except Exception as error:  # a client whose connection breaks complains in many ways
-                print(f"listening: {error!r}", flush=True)
+                logging.getLogger("post").info("listening: %r", error)
             finally:
                 if self._hearing.is_set():
                     self._journal.deaf(self._producer)
@@ -134,7 +135,7 @@ class FastStreamPost:
             retry=Retry(NoBackoff(), 0),
             socket_timeout=_ANSWER_S,
             socket_connect_timeout=_ANSWER_S,
-            logger=None,
+            logger=logging.getLogger("post"),
         )
         self._journal = journal
         self._room = asyncio.Semaphore(_AT_ONCE)

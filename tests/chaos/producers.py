@@ -21,7 +21,7 @@ from tests.chaos.tenants import tenants
 _REPLY_S = 4.0
 _LATE_REPLY_S = 20.0
 _LAST_WORDS_S = 60.0
-_MOST_UNDER_WAY = 1500
+_MOST_UNDER_WAY = 300
 
 
 class Producer:

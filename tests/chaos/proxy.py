@@ -1,9 +1,12 @@
-"""What lies between a process and a server: a TCP proxy whose connections can be cut, delayed, and left hanging."""
+"""What lies between a process and a server: a TCP proxy that can cut, delay, and leave hanging."""
 
 import asyncio
 from contextlib import suppress
 
 from app.embedded import free_port
+
+DISTANCE_S = 0.004
+"""How far away servers are in calm times: so a batch is under way for a while, and faults hit it there."""
 
 _AT_ONCE = 65_536
 
@@ -14,7 +17,7 @@ class Link:
     def __init__(self, name: str, target_port: int) -> None:
         self.name = name
         self.port = free_port()
-        self.delay_s = 0.0
+        self.delay_s = DISTANCE_S
         self._target_port = target_port
         self._flows = asyncio.Event()
         self._flows.set()

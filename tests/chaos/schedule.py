@@ -8,7 +8,7 @@ from tests.chaos.faults import Kind
 
 _CALM_AT_FIRST_S = 3.0
 _GAP_S = (0.7, 2.5)
-_OVERLAPS = 0.25
+_OVERLAPS = 0.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Planned:
 
 
 def plan(seed: int, seconds: float, kinds: Sequence[Kind]) -> list[Planned]:
-    """Faults for so many seconds. Each kind comes once before any comes again; some overlap the one before."""
+    """Faults for so many seconds. Each kind comes once before any comes again; some overlap."""
     rng = random.Random(f"plan {seed}")
     planned: list[Planned] = []
     deck: list[Kind] = []

@@ -1,8 +1,7 @@
 """A process whose wall clock can jump: `python -m tests.chaos.skewed workers.triggers`, then SIGUSR1.
 
-Each SIGUSR1 switches between the true time and one that is CHAOS_CLOCK_JUMP_S off. Only `time.time` and the
-`datetime` that the code under test has imported are changed, as a jump leaves monotonic clocks alone. The code
-itself is not: its modules get another name for `datetime`.
+Each SIGUSR1 switches between the true time and one that is CHAOS_CLOCK_JUMP_S off. A jump leaves monotonic
+clocks alone: only `time.time` changes, and what the modules under test have imported as `datetime`.
 """
 
 import importlib

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from tests.chaos import journal
 from tests.chaos.evidence import Happened, Story, read_end, save
 from tests.chaos.faults import CLAIM_TTL_S, HEARTBEAT_S, KINDS, STORE_TIMEOUT_S, Kind, Scene
 from tests.chaos.fleet import Fleet
-from tests.chaos.posts import PlainPost
-from tests.chaos.probes import Probe, Recovery
+from tests.chaos.probes import Probe, Pulse
 from tests.chaos.proxy import Link
 from tests.chaos.schedule import Planned, plan
-from tests.chaos.tenants import Tenant
 from tests.processes import ROOT
 
 LINES = "triggers triggers triggers drainer drainer operations operations sweeper sweeper"
@@ -66,7 +63,7 @@ class Outcome:
     """What came of a storm."""
 
     story: Story
-    recoveries: list[Recovery] = field(default_factory=list)
+    pulse: Pulse = field(default_factory=Pulse)
     seconds: float = 0.0
     is_quiet: bool = True
 
@@ -77,7 +74,7 @@ class Storm:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._happened: list[Happened] = []
-        self._recoveries: list[Recovery] = []
+        self._pulse = Pulse()
         self._producers: list[subprocess.Popen[bytes]] = []
         self._links: list[Link] = []
 
@@ -110,11 +107,15 @@ class Storm:
         record = await asyncio.to_thread(journal.read, options.folder)
         story = Story(record, end, self._happened)
         save(story, options.folder)
-        return Outcome(story, self._recoveries, time.monotonic() - started, is_quiet)
+        return Outcome(story, self._pulse, time.monotonic() - started, is_quiet)
 
     async def _blow(self, scene: Scene) -> bool:
         """Producers and faults, until all is said and done; whether it became quiet."""
         await self._start_producers(scene)
+        log = journal.Journal(self._options.folder / "probe.journal")
+        probe = Probe(scene.valkey.url, scene.postgres.url, log)
+        self._pulse = probe.pulse
+        probing = asyncio.create_task(probe.run())
         began = time.time()
         if self._options.faults:
             await self._inject(scene)
@@ -127,6 +128,8 @@ class Storm:
                 await asyncio.to_thread(producer.wait, max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 producer.kill()
+        probing.cancel()
+        await probe.close()
         return await _becomes_quiet(scene)
 
     async def _start_producers(self, scene: Scene) -> None:
@@ -147,39 +150,22 @@ class Storm:
         """Follow the plan."""
         options = self._options
         began = asyncio.get_running_loop().time()
-        log = journal.Journal(options.folder / "probe.journal")
-        secret = f"secret{'0' * 12}"
-        tenant = Tenant(f"env_{secret}", "org_probe", secret, 0.0, flips=False)
-        probe = Probe(PlainPost(scene.valkey.url, "probe", log), log, scene.postgres.url, tenant, count(1))
         tasks = []
         for planned in plan(options.seed, options.seconds, options.kinds):
             await asyncio.sleep(max(0.0, began + planned.at_s - asyncio.get_running_loop().time()))
-            tasks.append(asyncio.create_task(self._suffer(scene, planned, probe)))
+            tasks.append(asyncio.create_task(self._suffer(scene, planned)))
         await asyncio.gather(*tasks)
-        await probe.post.close()
 
-    async def _suffer(self, scene: Scene, planned: Planned, probe: Probe) -> None:
-        kind = planned.kind
-        injected = healed = 0.0
-        target = ""
-        try:
-            async with kind.inject(scene, random.Random(planned.seed)) as target:
-                injected = healed = time.time()
-                self._log(f"{kind.name}: {target}, for {planned.lasts_s:.1f} s")
-                recovery = (
-                    asyncio.create_task(probe.after(kind.name, injected)) if kind.heals_at_once else None
-                )
-                await asyncio.sleep(planned.lasts_s)
-                healed = injected if kind.heals_at_once else time.time()
-        finally:
-            over = time.time()
-            happened = Happened(kind.name, target, injected, healed, kind.promise_s, over)
-            self._happened.append(happened)
-        if recovery is None:
-            recovery = asyncio.create_task(probe.after(kind.name, over))
-        result = await recovery
-        self._recoveries.append(result)
-        self._log(f"  {kind.name} is over: {result.answered_s}, {result.drained_s}")
+    async def _suffer(self, scene: Scene, planned: Planned) -> None:
+        kind, begun = planned.kind, time.time()
+        async with kind.inject(scene, random.Random(planned.seed)) as target:
+            injected = time.time()
+            self._log(f"{kind.name}: {target}, for {planned.lasts_s:.1f} s")
+            await asyncio.sleep(planned.lasts_s)
+        over = time.time()
+        healed = injected if kind.heals_at_once else over
+        self._happened.append(Happened(kind.name, target, begun, injected, healed, over))
+        self._log(f"  {kind.name} is over")
 
     def _log(self, line: str) -> None:
         with (self._options.folder / "faults.log").open("a") as log:

@@ -13,6 +13,8 @@ _NOTHING_WAS_DONE = frozenset(
     ("run_busy", "run_finished", "run_not_found", "run_not_delayed", "too_many_tags", "invalid_request")
 )
 
+_FINAL = frozenset(("COMPLETED", "FAILED", "CANCELED", "EXPIRED", "SYSTEM_FAILURE"))
+
 
 def _of(story: Story, *kinds: str) -> Iterator[tuple[Attempt, Row]]:
     """The operations of some kinds, each with the row of its run."""
@@ -33,7 +35,7 @@ def cancelled_stays_cancelled(story: Story) -> Iterator[Violation]:
                 continue
             since, reason = first.get(run["id"], (told.at, run["cancel_reason"]))
             first[run["id"]] = (min(since, told.at), reason)
-            row = story.rows.get(run["id"])
+            row = story.resolve(run["id"])
             if row is None or row["status"] != "CANCELED" or row["cancel_reason"] != run["cancel_reason"]:
                 now = None if row is None else (row["status"], row["cancel_reason"])
                 yield Violation(
@@ -97,7 +99,7 @@ def counted_right(story: Story) -> Iterator[Violation]:
                 continue
             told = attempt.told("run_details")
             # What is impossible on a parent, because it has ended, is left out without an error.
-            least[target["id"]] += bool(told) and (kind == "increment" or target["status"] != "CANCELED")
+            least[target["id"]] += bool(told) and (kind == "increment" or target["status"] not in _FINAL)
             if told or (attempt.fate != "refused" and not _NOTHING_WAS_DONE.intersection(attempt.codes)):
                 most[target["id"]] += 1
         for row in story.end.rows:
@@ -160,5 +162,8 @@ def told_is_found(story: Story) -> Iterator[Violation]:
         named = named or (attempt.body.get("run_id") if attempt.stream == "operations" else None)
         if attempt.kind in ("foreign operation", "foreign", "wrong", "reset") or named not in known:
             continue
-        if code in attempt.codes and known[named] < attempt.sending_at:
+        if code not in attempt.codes or known[named] > attempt.sending_at:
+            continue
+        # A worker that is switched off does not look into the buffer (G5).
+        if attempt.stream == "operations" or not story.was_off(attempt.sending_at, attempt.replies[-1].at):
             yield Violation("told is found", attempt.name, f"{named} was told before, and is {code}")

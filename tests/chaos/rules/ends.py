@@ -10,13 +10,13 @@ _MAY_STAY = re.compile(
     r"mollifier:(triggers|operations|dead-letters|gate|\{\d+\}:gate:.*"
     r"|\{turns\}(:(weights|clocks|idle|bucket))?)"
 )
-"""Streams with their groups; counters that run out by themselves; what the drain remembers of organizations."""
+"""Streams with their groups, counters that run out, and what the drain remembers of organizations."""
 
 _LOST_REPLY_S = 1.0
 
 
 def every_request_is_answered(story: Story) -> Iterator[Violation]:
-    """Every request has a reply, or a dead letter, or a run whose reply was lost while its producer was deaf."""
+    """Every request has a reply, or a dead letter, or a run whose reply came while its producer was deaf."""
     buried = {letter.get("id") for letter in story.end.dead_letters}
     bodies = [letter.get("body", "") + letter.get("__data__", "") for letter in story.end.dead_letters]
     for request, attempts in story.by_request.items():
@@ -72,7 +72,7 @@ def nothing_is_left(story: Story) -> Iterator[Violation]:
 
 
 def dead_letters_are_known(story: Story) -> Iterator[Violation]:
-    """A dead letter is of a request that somebody sent; only what is wrong or was tried too often becomes one."""
+    """Only requests become dead letters, and only those that are wrong or were tried too often."""
     for letter in story.end.dead_letters:
         if letter["reason"] in ("refused", "deliveries") and letter["source"].rpartition(":")[2] not in (
             "triggers",

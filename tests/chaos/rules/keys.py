@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from tests.chaos.evidence import Row, Story, Violation, marker, seconds
@@ -25,7 +26,7 @@ def _keyed(story: Story) -> dict[Key, list[Attempt]]:
     return dict(found)
 
 
-def _resets(story: Story) -> dict[Key, list[tuple[float, float]]]:
+def resets(story: Story) -> dict[Key, list[tuple[float, float]]]:
     """From when to when each key may have been reset by an operation."""
     found: defaultdict[Key, list[tuple[float, float]]] = defaultdict(list)
     for attempt in story.attempts:
@@ -51,17 +52,27 @@ def _rows_by_key(story: Story, keyed: dict[Key, list[Attempt]]) -> dict[Key, lis
 
 
 def _accepted_at(row: Row) -> float:
-    at: datetime = row["buffered_at"] or row["materialised_at"]
-    return seconds(at)
+    """`buffered_at` is by the clock of a worker, which may have jumped; the other times are the servers'."""
+    at: datetime = min(row["buffered_at"] or row["materialised_at"], row["materialised_at"])
+    return seconds(max(at, row["created_at"]))
+
+
+def _accepted_by(story: Story, row: Row) -> float:
+    """When a row's run had been accepted at the latest: somebody had been told of it, or it was a row."""
+    attempts = story.by_request.get(marker(row) or "", [])
+    told = [
+        one.at for attempt in attempts for one in attempt.told("run") if one.reply["run"]["id"] == row["id"]
+    ]
+    return min(told, default=seconds(row["materialised_at"]))
 
 
 def one_run_per_key(story: Story) -> Iterator[Violation]:
     """A second run of a key was accepted only after the first one's key had expired, been reset, or its run
     had failed."""
-    keyed, resets = _keyed(story), _resets(story)
+    keyed, reset = _keyed(story), resets(story)
     for key, rows in _rows_by_key(story, keyed).items():
-        for first, second in zip(rows, rows[1:], strict=False):
-            if not _was_freed(story, key, keyed, resets, first, second):
+        for first, second in pairwise(rows):
+            if not _was_freed(story, key, keyed, reset, first, second):
                 yield Violation(
                     "one run per key",
                     f"{key}",
@@ -74,14 +85,14 @@ def _was_freed(
     story: Story,
     key: Key,
     keyed: dict[Key, list[Attempt]],
-    resets: dict[Key, list[tuple[float, float]]],
+    reset: dict[Key, list[tuple[float, float]]],
     first: Row,
     second: Row,
 ) -> bool:
     if first["status"] in _ENDS_ITS_KEY:
         return True
-    start, end = seconds(first["created_at"]), _accepted_at(second)
-    if any(since <= end + 1 and start <= until for since, until in resets.get(key, ())):
+    start, end = seconds(first["created_at"]), _accepted_by(story, second)
+    if any(since <= end + 1 and start <= until for since, until in reset.get(key, ())):
         return True
     life_s = _life_s(keyed[key])
     return life_s is not None and (end >= start + life_s - 0.1 or story.jumped(start - 5, end + 5))
@@ -95,8 +106,8 @@ def _life_s(attempts: list[Attempt]) -> float | None:
 
 
 def replies_name_the_keys_run(story: Story) -> Iterator[Violation]:
-    """Every reply to a request with a key names a run of that key; while the key is not free, the same one."""
-    keyed, resets = _keyed(story), _resets(story)
+    """Every reply to a request with a key names a run of that key, one whose key had not ended by then."""
+    keyed, reset = _keyed(story), resets(story)
     made = _rows_by_key(story, keyed)
     for key, attempts in keyed.items():
         ids = {row["id"] for row in made[key]}
@@ -107,7 +118,7 @@ def replies_name_the_keys_run(story: Story) -> Iterator[Violation]:
                     yield Violation(
                         "replies name the key's run", attempt.name, f"told {row['id']}, which has another key"
                     )
-                elif row is not None and not _was_live(story, key, resets, row, attempt, told.at):
+                elif row is not None and not _was_live(story, key, reset, row, attempt, told.at):
                     yield Violation(
                         "replies name the key's run",
                         attempt.name,
@@ -118,13 +129,13 @@ def replies_name_the_keys_run(story: Story) -> Iterator[Violation]:
 def _was_live(
     story: Story,
     key: Key,
-    resets: dict[Key, list[tuple[float, float]]],
+    reset: dict[Key, list[tuple[float, float]]],
     row: Row,
     attempt: Attempt,
     told_at: float,
 ) -> bool:
     expires_at = _key_expiry(story, row)
-    if expires_at is None or resets.get(key):
+    if expires_at is None or reset.get(key):
         return True
     is_in_time = attempt.sending_at <= expires_at + CLAIM_OUTLIVES_KEY_S
     return is_in_time or story.jumped(attempt.sending_at - 30, told_at)
@@ -138,7 +149,7 @@ def _key_expiry(story: Story, row: Row) -> float | None:
 
 
 def one_delayed_run_per_debounce_key(story: Story) -> Iterator[Violation]:
-    """A debounce key has one delayed run; each trigger's reply names it; it has the newest payload and delay."""
+    """A debounce key has one delayed run, which each reply names, with the newest payload and delay."""
     groups: defaultdict[Key, list[Attempt]] = defaultdict(list)
     for attempt in story.attempts:
         if "debounce" in attempt.options and attempt.stream == "triggers":
