@@ -5,14 +5,20 @@ Each takes the run as it is and returns it as it is to be, or the same one if th
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from decimal import Decimal
+from typing import Any
 
-import orjson
+import msgspec
 from msgspec.structs import replace
 
-from app.errors import MetadataTooLarge, RunFinished, RunNotDelayed, TooManyTags
+from app.errors import InvalidRequest, MetadataTooLarge, RunFinished, RunNotDelayed, TooManyTags
 from app.metadata import apply
 from app.rows import Row, status_at
 from schemas.operations import AnyMetadataOperation
+
+# Numbers that nobody touches stay as they are, to the last digit.
+_decode = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal).decode
+_encode = msgspec.json.Encoder(decimal_format="number").encode
 
 Change = Callable[[Row], Row]
 
@@ -103,8 +109,11 @@ def change_metadata(operations: Sequence[AnyMetadataOperation], most_bytes: int)
         _refuse_final(row)
         if not operations:
             return row
-        before = {} if row.run.metadata is None else orjson.loads(row.run.metadata)
-        metadata = orjson.dumps(apply(before, operations))
+        before = {} if row.run.metadata is None else _decode(row.run.metadata)
+        try:
+            metadata = _encode(apply(before, operations))
+        except (OverflowError, RecursionError) as error:
+            raise InvalidRequest(f"operations: what they come to cannot be written: {error}") from None
         if len(metadata) > most_bytes:
             raise MetadataTooLarge(f"metadata: {len(metadata)} bytes are more than {most_bytes}")
         return _with_metadata(row, metadata)

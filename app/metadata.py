@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 from copy import deepcopy
+from decimal import Decimal
 from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from app.errors import InvalidRequest
@@ -66,7 +68,7 @@ def _apply(metadata: Metadata, path: list[Step], operation: AnyMetadataOperation
         value = [*before, deepcopy(operation.value)]
     else:
         assert isinstance(operation, Increment)
-        value = operation.value + (there if _is_number(there) else 0)
+        value = _sum(there if _is_number(there) else 0, operation.value)
     if isinstance(last, int):
         holder.extend([None] * (last + 1 - len(holder)))
     holder[last] = value
@@ -114,9 +116,28 @@ def _has(holder: Any, step: Step) -> bool:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """JSON's equality: true is not 1."""
+    """JSON's equality: true is not 1, however deep."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
+def _sum(one: Any, other: int | float) -> Any:
+    """The sum of two numbers, of which the first may be a Decimal.
+
+    Raises:
+        ValueError: it is larger than other programs can read.
+    """
+    if isinstance(one, Decimal):
+        total: Any = one + Decimal(repr(other))
+    else:
+        total = one + other
+    if not isfinite(total):
+        raise ValueError("the sum is too large")
+    return total
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float | Decimal) and not isinstance(value, bool)
