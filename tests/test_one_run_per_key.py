@@ -456,7 +456,9 @@ async def wired(redis_url: str) -> AsyncIterator[Wire]:
 def claim_of(producer: Producer, environment: str) -> str:
     """The Redis key of the claim of `keyed(environment)`."""
     partitions = Settings.model_fields["partitions"].default
-    return Keys(producer.group, partitions).claim(run(environment, idempotency_key="k"))
+    organization = keyed(environment)["environment"]["organization_id"]
+    named = run(environment, organization_id=organization, idempotency_key="k")
+    return Keys(producer.group, partitions).claim(named)
 
 
 def mark_of(step: str, producer: Producer, environment: str) -> str:

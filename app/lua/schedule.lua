@@ -196,6 +196,18 @@ if rate > 0 then
   budget = math.min(budget, math.floor(tokens))
 end
 
+-- Who is alone may have all that is left, but while the others' are only being written, it may get ahead of
+-- them by a batch at most. One that lags two batches behind is stuck, and is not waited for.
+local function lead_of(organization)
+  local known = redis.call('ZRANGE', organizations, 0, 4, 'WITHSCORES')
+  for i = 1, #known, 2 do
+    if known[i] ~= organization and tonumber(known[i + 1]) >= clock - 2 * most then
+      return (tonumber(known[i + 1]) + most - time_of(organization)) * weight_of(organization)
+    end
+  end
+  return most
+end
+
 local chosen, shares, postponed = {}, {}, {}
 while budget > 0 and #chosen < ENVIRONMENTS do
   local organization = redis.call('ZRANGE', choosable, 0, 0)[1]
@@ -218,7 +230,7 @@ while budget > 0 and #chosen < ENVIRONMENTS do
     local set = environments_of(organization)
     local entries = math.ceil(quantum * weight_of(organization))
     if redis.call('ZCARD', choosable) == 1 and redis.call('ZCOUNT', set, '-inf', '(+inf') == 1 then
-      entries = budget
+      entries = math.max(entries, math.min(budget, math.floor(lead_of(organization))))
     end
     entries = math.min(entries, budget, state.entries)
     budget = budget - entries
