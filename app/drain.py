@@ -5,6 +5,7 @@ The order is the correctness argument. Entries are settled only after Postgres h
 already are ignored, so repeating is harmless. One drainer holds an environment, so its order holds.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,8 +18,8 @@ from msgspec.structs import replace
 from app import run_ids
 from app.batch_size import BatchSize
 from app.errors import StatementTimedOut, StoreUnavailable, Unreachable
-from app.ports import Graveyard, Materialiser, Reservations, Taken, Turns
-from app.rows import Materialised, Row, row_at
+from app.ports import Graveyard, Letter, Materialiser, Reservations, Taken, Turns
+from app.rows import Materialised, Row, Status, row_at
 from app.settings import Settings
 from app.telemetry import Telemetry
 from schemas.overlay import decode_overlay
@@ -27,11 +28,13 @@ from schemas.snapshot import Snapshot, decode_snapshot
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """One entry on its way. `row` is None when nothing can be read; `trouble` says why it has no row."""
+    """One entry on its way; without `run` and `row` if it cannot be read. `trouble` is why it has no row."""
 
     environment_id: str
     entry_id: str
     snapshot: bytes
+    overlay: bytes | None
+    run: Snapshot | None = None
     row: Row | None = None
     result: Materialised | None = None
     trouble: str = ""
@@ -89,6 +92,8 @@ class Drain:
             return await self._handle(taken)
         except StoreUnavailable as error:
             is_hung = isinstance(error, StatementTimedOut)
+            if is_hung:
+                self._size.observe(math.inf)
             await self._turns.put_back(taken, apart=is_hung, may_be_done=error.may_be_done)
             raise
         except Unreachable:
@@ -105,7 +110,7 @@ class Drain:
         await self._write([load for load in loads if load.row is not None], now)
         await self._write_failures([load for load in loads if load.trouble and load.row is not None], now)
         await self._bury([load for load in loads if load.trouble])
-        runs = [load.row.run for load in loads if load.row is not None]
+        runs = [load.run for load in loads if load.run is not None]
         await self._turns.settle(taken, runs)
         await self._reservations.release([run for run in runs if not run_ids.is_derived(run.id)])
         self._count(loads, now)
@@ -117,8 +122,10 @@ class Drain:
             return
         started = time.perf_counter()
         results = await self._materialiser.materialise(rows, now)
-        self._size.observe(time.perf_counter() - started)
-        self._telemetry.committed(time.perf_counter() - started)
+        took_s = time.perf_counter() - started
+        self._telemetry.committed(took_s)
+        if not any(result.error for result in results):
+            self._size.observe(took_s)  # a batch that was taken apart says nothing of others
         for load, result in zip(loads, results, strict=True):
             load.result = result
             load.trouble = result.error or ""
@@ -127,22 +134,31 @@ class Drain:
         """Give a run that Postgres refuses a row that says so (G12): its identity and links alone."""
         for load in loads:
             assert load.row is not None
-            load.row = failure_row(load.row.run, load.trouble)
+            load.row = failure_row(load.row, load.trouble)
         await self._write(loads, now)
 
     async def _bury(self, loads: Sequence[Load]) -> None:
-        for load in loads:
-            reason = "refused" if load.row else "undecodable"
-            await self._graveyard.bury(
-                load.environment_id, load.entry_id, load.snapshot, reason, load.trouble
+        if not loads:
+            return
+        letters = [
+            Letter(
+                load.environment_id,
+                load.entry_id,
+                load.snapshot,
+                load.overlay,
+                "refused" if load.row else "undecodable",
+                load.trouble,
             )
+            for load in loads
+        ]
+        await self._graveyard.bury(letters)
+        for letter in letters:
+            self._telemetry.dead_letter(letter.reason, letter.entry_id, letter.detail)
 
     def _count(self, loads: Sequence[Load], now: datetime) -> None:
         results = Counter("dead" if load.result is None else load.result.result for load in loads)
-        runs = [load.row.run for load in loads if load.row is not None]
-        self._telemetry.drained(
-            results, ((now - run.buffered_at).total_seconds() for run in runs if run.buffered_at is not None)
-        )
+        arrivals = (load.run.buffered_at for load in loads if load.run is not None)
+        self._telemetry.drained(results, ((now - at).total_seconds() for at in arrivals if at is not None))
 
 
 def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
@@ -150,12 +166,11 @@ def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
     loads = []
     for one in taken:
         for entry_id, snapshot in one.entries:
-            load = Load(one.environment_id, entry_id, snapshot)
+            load = Load(one.environment_id, entry_id, snapshot, one.overlays.get(entry_id))
             try:
-                changes = one.overlays.get(entry_id)
-                overlay = None if changes is None else decode_overlay(changes)
-                run = _without_expired_key(decode_snapshot(snapshot), now)
-                load.row = row_at(run, overlay, now)
+                load.run = _without_expired_key(decode_snapshot(snapshot), now)
+                overlay = None if load.overlay is None else decode_overlay(load.overlay)
+                load.row = row_at(load.run, overlay, now)
             except Exception as error:  # whatever it holds, it is this entry's trouble alone
                 load.trouble = f"the snapshot cannot be read: {error!r}"
             loads.append(load)
@@ -170,10 +185,10 @@ def _without_expired_key(run: Snapshot, now: datetime) -> Snapshot:
     return replace(run, idempotency_key=None, idempotency_key_expires_at=None)
 
 
-def failure_row(run: Snapshot, reason: str) -> Row:
-    """The row of a run that cannot be written as it is."""
+def failure_row(row: Row, reason: str) -> Row:
+    """What is written for a row that cannot be as it is. A cancelled run stays cancelled (G10)."""
     bare = replace(
-        run,
+        row.run,
         payload=None,
         metadata=None,
         tags=(),
@@ -185,4 +200,5 @@ def failure_row(run: Snapshot, reason: str) -> Row:
         trace_context=None,
     )
     error = msgspec.json.encode({"code": "materialisation_failed", "message": reason}).decode()
-    return Row(bare, "SYSTEM_FAILURE", error=error)
+    status: Status = "CANCELED" if row.status == "CANCELED" else "SYSTEM_FAILURE"
+    return row._replace(run=bare, status=status, error=error)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -17,6 +18,8 @@ from schemas.snapshot import Snapshot
 TRIES = 5
 
 _TRY_AGAIN_S = (0.02, 0.1)
+_PATIENCE_S = 0.5
+"""How long a batch waits, in all, between its tries of rows; further ones follow at once."""
 
 Hindrance = asyncpg.Record | Exception | None
 """What became of a row: None inserted, a record of `look_up_runs` what stands in its way, or its refusal."""
@@ -40,30 +43,81 @@ async def insert_rows(
 ) -> list[Hindrance]:
     """Insert rows in one statement, in order. One that fails is found by halving, for itself alone.
 
-    A row is tried `attempts` times before those after it, where another try can help.
+    It is tried `attempts` times, where another try can help. Those after it in its environment wait for that,
+    those of other environments do not.
     """
-    try:
-        records = await fetch_apart(connection, statement("insert_runs"), [row.values() for row in rows])
-    except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
-        if tries <= 1:
-            raise
-        return await insert_rows(connection, rows, now, attempts=attempts, tries=tries - 1)
-    except Exception as error:
-        if is_unavailable(error):
-            raise
-        if len(rows) > 1:
+    insertion = _Insertion(connection, rows, now, attempts, tries)
+    patience_s = _PATIENCE_S
+    waiting: Sequence[int] = range(len(rows))
+    while waiting:
+        waiting = await insertion.round(waiting)
+        if waiting and patience_s > 0:
+            pause_s = random.uniform(*_TRY_AGAIN_S)
+            patience_s -= pause_s
+            await asyncio.sleep(pause_s)
+    return insertion.hindrances
+
+
+class _Insertion:
+    """Rows on their way, by their positions."""
+
+    def __init__(
+        self, connection: Connection, rows: Sequence[Row], now: datetime, attempts: int, tries: int
+    ) -> None:
+        self._connection = connection
+        self._rows = rows
+        self._now = now
+        self._attempts = attempts
+        self._tries = tries
+        self._failures: Counter[int] = Counter()
+        self._held_up: set[str] = set()
+        self.hindrances: list[Hindrance] = [None] * len(rows)
+
+    async def round(self, positions: Sequence[int]) -> Sequence[int]:
+        """Try rows once; those that are to be tried again."""
+        self._held_up.clear()
+        return sorted(await self._insert(positions, self._tries))
+
+    async def _insert(self, positions: Sequence[int], tries: int) -> list[int]:
+        later: list[int] = []
+        if self._held_up:
+            later = [position for position in positions if self._environment(position) in self._held_up]
+            positions = sorted(set(positions).difference(later))
+        rows = [self._rows[position] for position in positions]
+        if not rows:
+            return later
+        try:
+            values = [row.values() for row in rows]
+            records = await fetch_apart(self._connection, statement("insert_runs"), values)
+        except (asyncpg.DeadlockDetectedError, asyncpg.SerializationError):
+            if tries <= 1:
+                raise
+            return [*later, *await self._insert(positions, tries - 1)]
+        except Exception as error:
+            if is_unavailable(error):
+                raise
+            if len(rows) == 1:
+                return [*later, *self._failed(positions[0], error)]
             half = len(rows) // 2
-            return [
-                *await insert_rows(connection, rows[:half], now, attempts=attempts),
-                *await insert_rows(connection, rows[half:], now, attempts=attempts),
-            ]
-        if attempts <= 1 or is_final(error):
-            return [error]
-        await asyncio.sleep(random.uniform(*_TRY_AGAIN_S))
-        return await insert_rows(connection, rows, now, attempts=attempts - 1)
-    if len(records) == len(rows):
-        return [None] * len(rows)
-    return await _explain(connection, rows, {tuple(record) for record in records}, now, tries)
+            first = await self._insert(positions[:half], self._tries)
+            return [*later, *first, *await self._insert(positions[half:], self._tries)]
+        if len(records) < len(rows):
+            inserted = {tuple(record) for record in records}
+            hindrances = await _explain(self._connection, rows, inserted, self._now, self._attempts, tries)
+            for position, hindrance in zip(positions, hindrances, strict=True):
+                self.hindrances[position] = hindrance
+        return later
+
+    def _failed(self, position: int, error: Exception) -> Sequence[int]:
+        self._failures[position] += 1
+        if self._failures[position] < self._attempts and not is_final(error):
+            self._held_up.add(self._environment(position))
+            return [position]
+        self.hindrances[position] = error
+        return []
+
+    def _environment(self, position: int) -> str:
+        return self._rows[position].run.environment_id
 
 
 async def fetch_apart(connection: Connection, query: str, *arguments: Any) -> list[asyncpg.Record]:
@@ -75,7 +129,12 @@ async def fetch_apart(connection: Connection, query: str, *arguments: Any) -> li
 
 
 async def _explain(
-    connection: Connection, rows: Sequence[Row], inserted: set[tuple[str, ...]], now: datetime, tries: int
+    connection: Connection,
+    rows: Sequence[Row],
+    inserted: set[tuple[str, ...]],
+    now: datetime,
+    attempts: int,
+    tries: int,
 ) -> list[Hindrance]:
     """Say for each row whether it was inserted or what was in its way.
 
@@ -97,7 +156,9 @@ async def _explain(
             again.append(position)
     if again and tries > 1:
         await free_keys(connection, [rows[position].run for position in again], now)
-        retried = await insert_rows(connection, [rows[position] for position in again], now, tries=tries - 1)
+        retried = await insert_rows(
+            connection, [rows[position] for position in again], now, attempts=attempts, tries=tries - 1
+        )
         for position, hindrance in zip(again, retried, strict=True):
             hindrances[position] = hindrance
     return hindrances

@@ -15,7 +15,7 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:{p}:gate:<env>       string   gate                       `<window> <count> <previous> <tripped until>`
     ns:{p}:entries:<env>    stream   buffer, turns              the buffer: fields run_id, snapshot
     ns:{p}:index:<env>      hash     buffer, turns              run id -> entry id
-    ns:{p}:drain:<env>      hash     buffer, turns              queued, done, taken, uncertain, holder, ...
+    ns:{p}:drain:<env>      hash     buffer, turns              queued, done, uncertain, holder, hold, taken
     ns:{p}:overlays:<env>   hash     buffer                     run id -> changes since it was accepted
     ns:{p}:claim:<digest>   string   claims, buffer             `pending:<token>`, or the winner's run id
     ns:{p}:ready            sorted   buffer, turns              environments with entries, by the oldest
@@ -33,6 +33,7 @@ keys which one script touches in one slot of a Redis Cluster.
       :clocks               hash     turns (schedule)           organization (or '' for all) -> virtual time
       :weights              hash     turns                      organization -> weight, where it is not 1
       :resting              sorted   turns (schedule)           environments that failed -> when to try again
+      :apart                list     turns (schedule)           those whose rest is over: each is tried alone
       :held:<consumer>      hash     turns (schedule)           environment -> entries that it was handed
       :takers               set      turns (schedule)           drainers that hold something
       :bucket               hash     turns (schedule)           tokens of DRAIN_MAX_RATE

@@ -178,12 +178,13 @@ class Store(Protocol):
 class Taken(NamedTuple):
     """The oldest entries of one environment, held by a drainer: (entry id, encoded snapshot), in order.
 
-    `overlays` has what was changed since, by entry id.
+    `overlays` has what was changed since, by entry id; `hold` tells this time from any other.
     """
 
     environment_id: str
     entries: Sequence[tuple[str, bytes]]
-    overlays: Mapping[str, bytes] = {}
+    overlays: Mapping[str, bytes]
+    hold: int
 
 
 class Turns(Protocol):
@@ -228,14 +229,23 @@ class Materialiser(Protocol):
         ...
 
 
+class Letter(NamedTuple):
+    """A buffered entry that has no row, and why."""
+
+    environment_id: str
+    entry_id: str
+    snapshot: bytes
+    overlay: bytes | None
+    reason: str
+    detail: str
+
+
 class Graveyard(Protocol):
-    async def bury(
-        self, environment_id: str, entry_id: str, snapshot: bytes, reason: str, detail: str
-    ) -> None:
-        """Write a dead letter for a buffered entry.
+    async def bury(self, letters: Sequence[Letter]) -> None:
+        """Write dead letters.
 
         Raises:
-            Unreachable: it is not known whether it was written.
+            Unreachable: it is not known whether any was written.
         """
         ...
 

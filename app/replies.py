@@ -7,6 +7,7 @@ from redis.exceptions import ResponseError
 
 from app.batch import Item
 from app.keys import Keys
+from app.ports import Letter
 from app.redis_client import Call, Scripts
 
 Argument = str | bytes | int
@@ -44,12 +45,17 @@ class RedisDesk:
             item for item, answer in zip(items, answers, strict=True) if isinstance(answer, ResponseError)
         ]
 
-    async def bury(
-        self, environment_id: str, entry_id: str, snapshot: bytes, reason: str, detail: str
-    ) -> None:
-        """See `ports.Graveyard.bury`."""
-        head = self._head(self._keys.environment(environment_id).entries, entry_id, reason, detail, 1)
-        await self._scripts.demand([Call("XADD", None, [*head, "snapshot", snapshot])])
+    async def bury(self, letters: Sequence[Letter]) -> None:
+        """See `ports.Graveyard.bury`. Also where Redis has no memory left: what is buried makes room."""
+        calls = []
+        for letter in letters:
+            source = self._keys.environment(letter.environment_id).entries
+            _, *head = self._head(source, letter.entry_id, letter.reason, letter.detail, 1)
+            original: list[Argument] = ["snapshot", letter.snapshot]
+            if letter.overlay is not None:
+                original += ("overlay", letter.overlay)
+            calls.append(Call("bury", [self._keys.dead_letters], [*head, *original]))
+        await self._scripts.demand(calls)
 
     def _head(self, source: str, entry_id: str, reason: str, detail: str, deliveries: int) -> list[Argument]:
         """The command for a dead letter, up to the original's own fields. DESIGN section 3.4."""

@@ -16,9 +16,6 @@ from app.keys import Keys
 from app.redis_client import LOST, Call, Scripts
 from app.settings import Settings
 
-_QUANTA = 25
-"""Parts of a batch: while others wait, an environment gets one at a time, times its organization's weight."""
-
 _ARRIVALS = 64
 _LOOK_EVERY_S = 0.25
 """How often a busy drainer looks who arrived and who died."""
@@ -34,6 +31,16 @@ class Report(NamedTuple):
     left: int | None
     generation: int
     outcome: str
+
+
+_UNKNOWN = Report(0, None, 0, "done")
+
+
+class HandOut(NamedTuple):
+    """How many entries to take of each environment. `hold` tells it from any other, of this drainer."""
+
+    hold: int
+    shares: dict[str, int]
 
 
 class Arrival(NamedTuple):
@@ -61,11 +68,14 @@ class Schedule:
         self._scripts = scripts
         self._keys = keys
         self._consumer = consumer
+        self._batch = settings.drain_batch_size
         self._rate = settings.drain_max_rate
         self._reports: dict[str, Report] = {}
-        self._held: set[str] = set()
+        self._held: dict[str, int] = {}
+        self._hold = 0
         self._is_sure = True
         self._is_stirred = True
+        self._are_more = False
         self._looked = 0.0
         self.wait_s = 0.0
         """After nothing was handed out: how long that may stay so if nothing arrives."""
@@ -74,15 +84,16 @@ class Schedule:
         """Something has become ready: look there first."""
         self._is_stirred = True
 
-    def report(self, environment: str, report: Report) -> None:
-        """Give an environment back, with the next call."""
-        self._held.discard(environment)
-        self._reports[environment] = report
+    def report(self, environment: str, hold: int, report: Report) -> None:
+        """Give an environment back, with the next call; unless it was handed out once more since."""
+        if self._held.get(environment) == hold:
+            del self._held[environment]
+            self._reports[environment] = report
 
-    def forget(self, environments: Iterable[str]) -> None:
+    def forget(self, environments: Iterable[str], hold: int) -> None:
         """Give environments back of which it is not known what was done; they are handed out again."""
         for environment in environments:
-            self.report(environment, Report(0, None, 0, "done"))
+            self.report(environment, hold, _UNKNOWN)
 
     async def flush(self) -> None:
         """Report at once.
@@ -93,26 +104,27 @@ class Schedule:
         if self._reports:
             await self._call(0, ())
 
-    async def next(self, most: int) -> dict[str, int]:
-        """Be handed environments, and how many entries to take of each, `most` in all; empty: nothing to do.
+    async def next(self, most: int) -> HandOut:
+        """Be handed environments, and how many entries to take of each, `most` in all; none: nothing to do.
 
         Raises:
             Unreachable: the schedule cannot be reached.
         """
         await self._recollect()
-        shares: dict[str, int] = {}
+        self._hold += 1
+        turn = HandOut(self._hold, {})
         try:
-            await self._next(most, shares)
+            await self._next(most, turn.shares)
         except BaseException:
-            self.forget(shares)
+            self.forget(turn.shares, turn.hold)
             raise
-        return shares
+        return turn
 
     async def _next(self, most: int, shares: dict[str, int]) -> None:
         is_stirred, self._is_stirred = self._is_stirred, False
         if not is_stirred:
             shares |= await self._call(most, ())
-        if shares and time.monotonic() - self._looked < _LOOK_EVERY_S:
+        if shares and not self._are_more and time.monotonic() - self._looked < _LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
         arrivals = await self._arrivals()
@@ -127,7 +139,7 @@ class Schedule:
     async def _call(self, most: int, arrivals: Sequence[Arrival]) -> dict[str, int]:
         """Report, announce arrivals, and be handed environments."""
         reports, self._reports = self._reports, {}
-        head = (self._consumer, "0", most, max(1, most // _QUANTA), self._rate, len(reports))
+        head = (self._consumer, "0", most, self._batch, self._rate, len(reports))
         arguments: list[str | bytes | int] = [*head]
         for environment, (taken, left, generation, outcome) in reports.items():
             arguments += (environment, taken, "" if left is None else left, generation, outcome)
@@ -146,7 +158,7 @@ class Schedule:
             environment.decode(): entries
             for environment, entries in zip(shares[::2], shares[1::2], strict=True)
         }
-        self._held |= handed_out.keys()
+        self._held |= dict.fromkeys(handed_out, self._hold)
         self._is_sure = held == len(self._held)
         return handed_out
 
@@ -158,7 +170,8 @@ class Schedule:
             [Call("HKEYS", None, [f"{self._keys.turns}:held:{self._consumer}"])]
         )
         self._is_sure = True
-        self.forget({environment.decode() for environment in handed_out} - self._held - self._reports.keys())
+        unknown = {environment.decode() for environment in handed_out} - self._held.keys()
+        self._reports = dict.fromkeys(unknown, _UNKNOWN) | self._reports
 
     async def _arrivals(self) -> list[Arrival]:
         """Environments that have become ready and may not be in the schedule yet."""
@@ -167,9 +180,11 @@ class Schedule:
             Call("ZRANGE", None, [self._keys.arrivals(partition), 0, _ARRIVALS - 1])
             for partition in partitions
         ]
+        answers = await self._scripts.demand(calls)
+        self._are_more = any(len(members) == _ARRIVALS for members in answers)
         return [
             Arrival.read(partition, member)
-            for partition, members in zip(partitions, await self._scripts.demand(calls), strict=True)
+            for partition, members in zip(partitions, answers, strict=True)
             for member in members
         ]
 
@@ -189,9 +204,11 @@ class Schedule:
         """Give back what drainers hold whose heartbeat is gone; how many those were."""
         (members,) = await self._scripts.demand([Call("SMEMBERS", None, [f"{self._keys.turns}:takers"])])
         others = sorted({member.decode() for member in members} - {self._consumer})
+        if others:
+            self.wait_s = min(self.wait_s, _LOOK_EVERY_S)
         dead = await self.without_heartbeat(others)
         await self._scripts.demand(
-            [Call("schedule", [self._keys.turns], [taker, "1", 0, 1, 0, 0]) for taker in dead]
+            [Call("schedule", [self._keys.turns], [taker, "1", 0, self._batch, 0, 0]) for taker in dead]
         )
         return len(dead)
 
@@ -202,15 +219,18 @@ class Schedule:
         return [consumer for consumer, exists in zip(consumers, answers, strict=True) if not exists]
 
     async def set_weights(self, weights: Mapping[str, int]) -> None:
-        """Set the weights of organizations, for all drainers; those that are left out have 1.
+        """See to it that organizations have these weights, for all drainers; those that are left out have 1.
 
         Raises:
             Unreachable: the schedule cannot be reached.
         """
         key = f"{self._keys.turns}:weights"
-        pairs = [part for organization, weight in weights.items() for part in (organization, weight)]
+        (known,) = await self._scripts.demand([Call("HGETALL", None, [key])])
+        if known == {organization.encode(): b"%d" % weight for organization, weight in weights.items()}:
+            return
         calls = [Call("MULTI", None, []), Call("DEL", None, [key]), Call("EXEC", None, [])]
-        if pairs:
+        if weights:
+            pairs = [part for pair in weights.items() for part in pair]
             calls.insert(2, Call("HSET", None, [key, *pairs]))
         await self._scripts.demand(calls)
 

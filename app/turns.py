@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from app.keys import Keys
 from app.ports import Taken
 from app.redis_client import Call, Scripts
-from app.schedule import Report, Schedule
+from app.schedule import HandOut, Report, Schedule
 from app.settings import Settings
 from schemas.snapshot import Snapshot
 
@@ -30,33 +30,31 @@ class RedisTurns:
 
     async def take(self, most: int) -> Sequence[Taken]:
         """See `ports.Turns.take`."""
-        shares = await self.schedule.next(most)
+        turn = await self.schedule.next(most)
         try:
-            taken, held = await self._take(dict.fromkeys(shares, ""), shares)
+            taken, held = await self._take(dict.fromkeys(turn.shares, ""), turn)
             if held:
                 dead = await self.schedule.without_heartbeat(sorted(set(held.values())))
                 abandoned = {environment: holder for environment, holder in held.items() if holder in dead}
-                more, _ = await self._take(abandoned, shares)
+                more, _ = await self._take(abandoned, turn)
                 taken += more
                 for environment in held.keys() - abandoned.keys():
-                    self.schedule.report(environment, Report(0, None, 0, "busy"))
+                    self.schedule.report(environment, turn.hold, Report(0, None, 0, "busy"))
         except BaseException:
-            self.schedule.forget(shares)
+            self.schedule.forget(turn.shares, turn.hold)
             raise
         return taken
 
-    async def _take(
-        self, expected: Mapping[str, str], shares: Mapping[str, int]
-    ) -> tuple[list[Taken], dict[str, str]]:
+    async def _take(self, expected: Mapping[str, str], turn: HandOut) -> tuple[list[Taken], dict[str, str]]:
         """Take from environments that are held as expected; what was taken, and who holds the others."""
         groups = self._by_partition(list(expected))
         calls = []
         for partition, environments in groups.items():
-            keys, arguments = [self._keys.ready(partition)], [self._consumer]
+            keys, arguments = [self._keys.ready(partition)], [self._consumer, str(turn.hold)]
             for environment in environments:
                 names = self._keys.environment(environment)
                 keys += (names.entries, names.drain, names.overlays)
-                arguments += (environment, expected[environment], str(shares[environment]))
+                arguments += (environment, expected[environment], str(turn.shares[environment]))
             calls.append(Call("take", keys, arguments))
         taken: list[Taken] = []
         held: dict[str, str] = {}
@@ -67,9 +65,9 @@ class RedisTurns:
                 elif len(result) > 1:
                     entries = [(entry.decode(), snapshot) for entry, snapshot, _ in result[1:]]
                     overlays = {entry.decode(): overlay for entry, _, overlay in result[1:] if overlay}
-                    taken.append(Taken(environment, entries, overlays))
+                    taken.append(Taken(environment, entries, overlays, turn.hold))
                 else:
-                    self.schedule.report(environment, Report(0, 0, int(result[0]), "done"))
+                    self.schedule.report(environment, turn.hold, Report(0, 0, int(result[0]), "done"))
         return taken, held
 
     async def settle(self, taken: Sequence[Taken], runs: Sequence[Snapshot]) -> None:
@@ -78,17 +76,23 @@ class RedisTurns:
         for run in runs:
             if run.idempotency_key is not None:
                 claims[run.environment_id].append(run)
-        marks = {one.environment_id: (one.entries[-1][0], len(one.entries)) for one in taken}
+        marks = {one.environment_id: (one.hold, one.entries[-1][0], len(one.entries)) for one in taken}
         await self._settle(marks, claims, "done")
 
     async def put_back(self, taken: Sequence[Taken], *, apart: bool, may_be_done: bool = False) -> None:
         """See `ports.Turns.put_back`."""
-        marks = {one.environment_id: (one.entries[-1][0] if may_be_done else "", 0) for one in taken}
+        marks = {
+            one.environment_id: (one.hold, one.entries[-1][0] if may_be_done else "", 0) for one in taken
+        }
         await self._settle(marks, {}, "failed" if apart else "done")
 
     async def _settle(
-        self, marks: Mapping[str, tuple[str, int]], claims: Mapping[str, Sequence[Snapshot]], outcome: str
+        self,
+        marks: Mapping[str, tuple[int, str, int]],
+        claims: Mapping[str, Sequence[Snapshot]],
+        outcome: str,
     ) -> None:
+        """End holds. A mark has the hold, the last entry that it is about, and how many are settled."""
         groups = self._by_partition(list(marks))
         calls = []
         for partition, environments in groups.items():
@@ -103,13 +107,14 @@ class RedisTurns:
         try:
             answers = await self._scripts.demand(calls)
         except BaseException:
-            self.schedule.forget(marks)
+            for environment, (hold, _, _) in marks.items():
+                self.schedule.forget([environment], hold)
             raise
         for environments, answer in zip(groups.values(), answers, strict=True):
             for environment, result in zip(environments, answer, strict=True):
-                settled = marks[environment][1]
+                hold, _, settled = marks[environment]
                 left, generation = (None, 0) if result is None else (int(result[0]), int(result[1]))
-                self.schedule.report(environment, Report(settled, left, generation, outcome))
+                self.schedule.report(environment, hold, Report(settled, left, generation, outcome))
 
     async def forget(self) -> int:
         """Drop materialised entries whose grace time is over, a bounded number; how many.

@@ -19,7 +19,7 @@ from app.buffer import RedisBuffer
 from app.dead_letters import UNKNOWN, DeadLetters, Selection
 from app.errors import Unreachable
 from app.keys import Keys
-from app.ports import Taken
+from app.ports import Letter, Taken
 from app.redis_client import Call, Scripts
 from app.replies import RedisDesk
 from app.turns import RedisTurns
@@ -75,7 +75,7 @@ async def set_aside(client: Redis, desk: RedisDesk, fields: Mapping[bytes, bytes
 
 async def bury(client: Redis, desk: RedisDesk, snapshot: bytes, environment: str = "env_1") -> str:
     """Have a drainer set a buffered run aside; the dead letter's id."""
-    await desk.bury(environment, "1-1", snapshot, "refused", "no")
+    await desk.bury([Letter(environment, "1-1", snapshot, None, "refused", "no")])
     return (await there(client))[-1]
 
 

@@ -46,11 +46,6 @@ BATCH = 500
 QUANTA = 25
 
 
-def bug(what: str, raises: type[Exception] = AssertionError) -> pytest.MarkDecorator:
-    """A test that fails today, and is to pass once that is repaired."""
-    return pytest.mark.xfail(strict=True, raises=raises, reason=what)
-
-
 # Rows in the order in which they came; and tasks that have something happen to their rows. Of all tries so
 # far `fails:<state>:<n>` fails the first n, `stumbles:<state>:<n>` the nth; `flaky:<state>:<p>` fails by
 # chance. `slow:<s>` takes so long, and `hangs` longer than anybody waits. `refused` cannot be written as it
@@ -332,7 +327,6 @@ class TestG9Shares:
             assert shares[f"single_{number}"] == 1
             assert shares.total() == BATCH
 
-    @bug("a look brings 64 arrivals of a partition; the rest waits for 250 ms")
     async def test_a_crowd_that_arrives_at_once_does_not_wait_for_a_heavy_tenant(self, place: Place) -> None:
         """200 single entries, all of one partition: at 64 environments a batch they need four batches."""
         turns = place.turns()
@@ -376,7 +370,6 @@ class TestG9Shares:
                 got += await next_batch(turns, 100)
             assert got["gold"] == pytest.approx(factor * got["plain"], abs=2 * factor * 100 // QUANTA)
 
-    @bug("in batches of their own, each has a whole one: weights do nothing")
     async def test_weights_hold_with_two_batches_under_way(self, place: Place) -> None:
         """The second organization arrives while the first one's batch is being written."""
         turns = place.turns()
@@ -490,7 +483,6 @@ class TestG9Shares:
             await turns.schedule.flush()
             assert abs(got["gold"] - 3 * got["plain"]) <= 3 * 100 // QUANTA
 
-    @bug("one that failed is taken first or not at all; ties go by name, so never")
     async def test_what_is_tried_apart_gets_its_turn_while_others_have_work(self, place: Place) -> None:
         """Five organizations with work; the last of them also has an environment that failed once."""
         turns = place.turns()
@@ -644,10 +636,7 @@ class TestG12Refused:
             {"run_id": b"poison", "snapshot": b""},
             {"run_id": b"\xff", "snapshot": encode_snapshot(run())[:-9]},
             {"run_id": b"poison", "snapshot": b"\x80"},
-            pytest.param(
-                {"colour": b"blue"},
-                marks=bug("`take` fails: nothing is drained any more", ValueError),
-            ),
+            {"colour": b"blue"},
         ],
         ids=["garbage", "empty", "cut off", "no run", "other fields"],
     )
@@ -699,7 +688,6 @@ class TestG12Refused:
         await place.pool.execute("ALTER SEQUENCE public.tries RESTART")
         assert await place.store.materialise([Row(heals, "QUEUED")], now) == [Materialised("inserted")]
 
-    @bug("each row waits on its own: 0.12 s a row, and the batch size shrinks")
     async def test_rows_that_are_tried_again_do_not_hold_up_those_of_others(self, place: Place) -> None:
         """20 of one environment that are tried three times, in one batch with another environment."""
         bench = await place.bench()
@@ -710,7 +698,6 @@ class TestG12Refused:
         row = (await place.rows())[good.id]
         assert row["materialised_at"] - started < timedelta(seconds=1)
 
-    @bug("the letter is refused, so the whole batch is put back, every time")
     async def test_without_memory_for_a_letter_the_others_are_settled(self, place: Place) -> None:
         """Only settling makes room in a Redis that is full."""
         bench = await place.bench()
@@ -725,7 +712,6 @@ class TestG12Refused:
         finally:
             await place.redis.config_set("maxmemory", 0)
 
-    @bug("the drain buries in silence")
     async def test_a_dead_letter_is_counted(self, place: Place) -> None:
         bench = await place.bench()
         await place.accept("env_1", 1, task="impossible")
@@ -857,7 +843,6 @@ class TestG2TroubleOfPostgres:
             await place.pool.execute("ALTER TABLE mollifier.runs ENABLE TRIGGER meddle")
         assert await place.arrived("hung") == ids(hung)
 
-    @bug("a statement that is cut off does not shrink the next: for ever")
     async def test_a_batch_that_takes_too_long_is_tried_in_smaller_ones(self, place: Place) -> None:
         """100 rows take half a second and are cut off after 0.3 s; for 50 of them that is enough."""
         bench = await place.bench(store_timeout_ms=300, drain_batch_size=100)
@@ -909,7 +894,6 @@ class TestG10CancelWins:
         assert [rows[one.id]["status"] for one in runs] == ["QUEUED", "CANCELED", "QUEUED"]
         assert rows[runs[1].id]["cancel_reason"] == "late"
 
-    @bug("its failure's row forgets that it was cancelled")
     async def test_over_a_refusal(self, place: Place) -> None:
         now = datetime.now(UTC)
         (cancelled,) = await place.accept("env_1", 1, metadata=b'{"a": "\\u0000"}')
@@ -1002,7 +986,6 @@ class TestKeysAndTimes:
         await (await place.bench()).dry()
         assert await place.redis.get(KEYS.claim(mine)) == b"pending:another's"
 
-    @bug("the failure's row has no key any more, so its claim is not ended")
     @pytest.mark.parametrize("task", ["refused", "impossible"])
     async def test_the_key_of_a_refused_run_is_free_at_once(self, place: Place, task: str) -> None:
         """Else triggers are answered with a run that failed; or with one that is nowhere, for 30 days."""
@@ -1095,7 +1078,6 @@ class TestG2Nothing:
         await bench.turns.schedule.flush()
         await place.nothing_is_held()
 
-    @bug("settling a hold that was lost counts twice if the same drainer holds it again")
     async def test_is_stranded_by_a_heartbeat_that_failed_for_a_while(self, place: Place) -> None:
         """A drainer looks dead, another gives back what it holds, and it is the one that takes it again."""
         await place.accept("env_1", 60)
@@ -1107,7 +1089,6 @@ class TestG2Nothing:
         assert again[0].entries == first[0].entries
         await self._settle_in_turn(place, slow, first, again)
 
-    @bug("putting back a hold that was lost ends the one that the same drainer has by now")
     async def test_is_stranded_by_an_answer_that_comes_late(
         self, place: Place, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -1155,7 +1136,6 @@ async def drainer(place: Place, redis_url: str) -> AsyncIterator[Drainer]:
 
 
 class TestDrainer:
-    @bug("it takes its first batch before it knows")
     async def test_it_drains_nothing_if_it_is_started_while_the_drain_is_paused(
         self, place: Place, drainer: Drainer
     ) -> None:
@@ -1170,9 +1150,9 @@ class TestDrainer:
         assert len(await place.rows()) == 0
 
     async def _knows_of_the_pause(self, drainer: Drainer) -> None:
+        assert drainer._operators is not None
         assert drainer._operators.drain_paused
 
-    @bug("they are written when they change in Postgres, and never again")
     async def test_weights_are_there_again_after_redis_lost_them(
         self, place: Place, drainer: Drainer
     ) -> None:

@@ -352,7 +352,7 @@ class TestG2Crash:
         after = aftermaths[crash]
         await after.fleet.is_at_rest()
         print(f"{crash}: over after {after.took_s:.2f} s, without a crash {after.usual_s:.2f} s")
-        assert after.took_s <= TAKEN_OVER_WITHIN_S + 2 * after.usual_s
+        assert after.took_s <= TAKEN_OVER_WITHIN_S + 5 * after.usual_s
 
 
 class TestG9Order:

@@ -31,7 +31,8 @@ class Drainer(Process):
         self._turns = world.turns()
         self._wake = world.wake()
         self._drain = world.drain(self._turns)
-        self._operators = OperatorSettings()
+        self._operators: OperatorSettings | None = None
+        """What operators have decided; None before that is known, when nothing may be drained."""
         self._backoff = Backoff(_FIRST_RETRY_S, _LONGEST_RETRY_S)
         self._trouble_s = 0.0
         self._free = asyncio.Semaphore(LANES)
@@ -47,9 +48,10 @@ class Drainer(Process):
 
     async def _take_turns(self) -> None:
         """Hand batches to free lanes, as long as there are any."""
+        await self._look_at_settings()
         while not self.stopping.is_set():
             self.world.health.progress("drain")
-            if self._operators.drain_paused or self._trouble_s:
+            if self._operators is None or self._operators.drain_paused or self._trouble_s:
                 await self._stand_still()
                 continue
             await self._free.acquire()
@@ -126,26 +128,26 @@ class Drainer(Process):
             await self.pause(_FORGET_EVERY_S)
 
     async def _follow_operators(self) -> None:
-        """Hold what operators have decided; while Postgres is away, what they had."""
-        weights = None
         while not self.stopping.is_set():
             self.world.health.progress("operators")
-            try:
-                decided = await self.world.operator_settings()
-                was_paused = self._operators.drain_paused
-                self._operators = decided
-                if decided.drain_paused and not was_paused:
-                    self.world.telemetry.event("drain.paused")
-                elif was_paused and not decided.drain_paused:
-                    self.world.telemetry.event("drain.resumed")
-                if decided.weights != weights:
-                    await self._turns.schedule.set_weights(decided.weights)
-                    weights = decided.weights
-            except StoreUnavailable as error:
-                self.world.telemetry.trouble("store.unavailable", error=repr(error.__cause__))
-            except Unreachable as error:
-                self.world.telemetry.unreachable("weights", error)
             await self.pause(_LOOK_AT_SETTINGS_EVERY_S)
+            await self._look_at_settings()
+
+    async def _look_at_settings(self) -> None:
+        """Hold what operators have decided; while Postgres is away, what they had."""
+        try:
+            decided = await self.world.operator_settings()
+            was_paused = self._operators is not None and self._operators.drain_paused
+            self._operators = decided
+            if decided.drain_paused and not was_paused:
+                self.world.telemetry.event("drain.paused")
+            elif was_paused and not decided.drain_paused:
+                self.world.telemetry.event("drain.resumed")
+            await self._turns.schedule.set_weights(decided.weights)
+        except StoreUnavailable as error:
+            self.world.telemetry.trouble("store.unavailable", error=repr(error.__cause__))
+        except Unreachable as error:
+            self.world.telemetry.unreachable("weights", error)
 
     async def finish(self) -> None:
         if self._lanes:

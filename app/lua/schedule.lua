@@ -4,7 +4,7 @@
 --
 -- KEYS   1 turns: the name that all keys here begin with (app/keys.py); they share its hash tag
 -- ARGV   1 the taker    2 '1' to return all that it holds to the others (it is dead), else '0'
---        3 most entries to hand out    4 entries of a quantum    5 entries a second for the fleet, 0: no limit
+--        3 most entries to hand out    4 a full batch of the fleet    5 entries a second for the fleet, 0: no limit
 --        6 n reports, each: environment, entries taken, entries it still has ('' unknown), the generation that
 --        this is true of, 'done', 'busy' (another drainer has it), or 'failed' (to be tried on its own, later)
 --        then arrivals, each: environment, its generation, entries, organization
@@ -17,11 +17,16 @@
 -- Safe to run twice: a second report is ignored, and the taker can see that it holds more than it was told of.
 
 local turns, taker = KEYS[1], ARGV[1]
-local most, quantum, rate, reports = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local most, batch, rate, reports = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local organizations, choosable, idle = turns .. ':organizations', turns .. ':choosable', turns .. ':idle'
 local states, clocks, weights = turns .. ':states', turns .. ':clocks', turns .. ':weights'
-local resting, takers, held = turns .. ':resting', turns .. ':takers', turns .. ':held:' .. taker
+local resting, apart = turns .. ':resting', turns .. ':apart'
+local takers, held = turns .. ':takers', turns .. ':held:' .. taker
 local MANY, ENVIRONMENTS, LONGEST_REST, BUSY_REST = 2 ^ 40, 64, 30000, 100
+-- While others wait, an environment gets a quantum at a time, times its organization's weight.
+local quantum = math.max(1, math.floor(most / 25))
+-- So many batches of a drainer may hold what failed before: should it hang again, the others go on.
+local APART = 2
 
 local time = redis.call('TIME')
 local now = time[1] * 1000 + time[2] / 1000
@@ -125,7 +130,7 @@ local function leave(state)
 end
 
 local function report(environment, taken, entries, generation, outcome)
-  local given = tonumber(redis.call('HGET', held, environment))
+  local given = tonumber(string.match(redis.call('HGET', held, environment) or '', '^%d+'))
   local state = given and load(environment)
   redis.call('HDEL', held, environment)
   if not state then
@@ -142,9 +147,9 @@ local function report(environment, taken, entries, generation, outcome)
   state.entries = (entries and entries > 0) and entries or MANY
   if outcome == 'done' then
     state.failures = 0
-    -- Its time stood still while it was held. What it may catch up is bounded.
-    if time_of(state.organization) < clock - quantum then
-      redis.call('ZADD', organizations, clock - quantum, state.organization)
+    -- Its time stood still while it was held. It catches up on what the others had meanwhile, unless it was stuck.
+    if time_of(state.organization) < clock - 2 * batch then
+      redis.call('ZADD', organizations, clock, state.organization)
     end
     save(state)
     return place(state, state.virtual)
@@ -180,7 +185,9 @@ end
 for _, environment in ipairs(redis.call('ZRANGEBYSCORE', resting, '-inf', now, 'LIMIT', 0, ENVIRONMENTS)) do
   redis.call('ZREM', resting, environment)
   local state = load(environment)
-  if state then
+  if state and state.failures > 0 then
+    redis.call('RPUSH', apart, environment)
+  elseif state then
     place(state, state.virtual)
   end
 end
@@ -196,55 +203,71 @@ if rate > 0 then
   budget = math.min(budget, math.floor(tokens))
 end
 
--- Who is alone may have all that is left, but while the others' are only being written, it may get ahead of
--- them by a batch at most. One that lags two batches behind is stuck, and is not waited for.
-local function lead_of(organization)
-  local known = redis.call('ZRANGE', organizations, 0, 4, 'WITHSCORES')
+-- While the entries of others are being written, nobody may get ahead of them by more than a batch. One that lags
+-- two batches behind is stuck, and is not waited for.
+local function limit_of_time()
+  local known = redis.call('ZRANGE', organizations, 0, 7, 'WITHSCORES')
   for i = 1, #known, 2 do
-    if known[i] ~= organization and tonumber(known[i + 1]) >= clock - 2 * most then
-      return (tonumber(known[i + 1]) + most - time_of(organization)) * weight_of(organization)
+    local at = tonumber(known[i + 1])
+    if at >= clock - 2 * most and not redis.call('ZSCORE', choosable, known[i]) then
+      return at + most
     end
   end
-  return most
+  return math.huge
 end
 
-local chosen, shares, postponed = {}, {}, {}
+local chosen, shares = {}, {}
+
+local function choose(state, entries)
+  entries = math.min(entries, budget, state.entries)
+  local share = shares[state.environment]
+  if not share then
+    share = { state = state, entries = 0 }
+    chosen[#chosen + 1], shares[state.environment] = state.environment, share
+  end
+  share.entries = share.entries + entries
+  budget = budget - entries
+  state.entries = state.entries - entries
+  charge(state, entries)
+  place(state, (state.entries > 0 and state.failures == 0) and state.virtual or '+inf')
+end
+
+local function next_apart()
+  if redis.call('EXISTS', apart) == 0 then
+    return
+  end
+  local busy = 0
+  for _, entries in ipairs(redis.call('HVALS', held)) do
+    busy = busy + (string.find(entries, 'apart', 1, true) and 1 or 0)
+  end
+  return busy < APART and load(redis.call('LPOP', apart)) or nil
+end
+
+local alone = budget > 0 and next_apart()
+if alone then
+  choose(alone, math.ceil(quantum * weight_of(alone.organization)))
+  budget = 0
+end
+
+local limit = budget > 0 and limit_of_time()
 while budget > 0 and #chosen < ENVIRONMENTS do
   local organization = redis.call('ZRANGE', choosable, 0, 0)[1]
   if not organization then
     break
   end
-  local environment = first_of(organization)
-  local share = shares[environment]
-  local state = share and share.state or load(environment)
-  if state.failures > 0 and #chosen > 0 then
-    postponed[#postponed + 1] = state
-    place(state, '+inf')
-  else
-    if not share then
-      share = { state = state, entries = 0 }
-      chosen[#chosen + 1], shares[environment] = environment, share
-    end
-    clock = math.max(clock, time_of(organization))
-    redis.call('HSET', clocks, '', string.format('%.3f', clock), organization, string.format('%.3f', state.virtual))
-    local set = environments_of(organization)
-    local entries = math.ceil(quantum * weight_of(organization))
-    if redis.call('ZCARD', choosable) == 1 and redis.call('ZCOUNT', set, '-inf', '(+inf') == 1 then
-      entries = math.max(entries, math.min(budget, math.floor(lead_of(organization))))
-    end
-    entries = math.min(entries, budget, state.entries)
-    budget = budget - entries
-    share.entries = share.entries + entries
-    state.entries = state.entries - entries
-    charge(state, entries)
-    place(state, (state.entries > 0 and state.failures == 0) and state.virtual or '+inf')
-    if state.failures > 0 then
-      break
-    end
+  local at, weight = time_of(organization), weight_of(organization)
+  if at >= limit and #chosen > 0 then
+    break
   end
-end
-for _, state in ipairs(postponed) do
-  place(state, state.virtual)
+  local environment, set = first_of(organization), environments_of(organization)
+  local state = shares[environment] and shares[environment].state or load(environment)
+  clock = math.max(clock, at)
+  redis.call('HSET', clocks, '', string.format('%.3f', clock), organization, string.format('%.3f', state.virtual))
+  local entries = math.ceil(quantum * weight)
+  if redis.call('ZCARD', choosable) == 1 and redis.call('ZCOUNT', set, '-inf', '(+inf') == 1 then
+    entries = math.max(entries, math.floor(math.min(budget, (limit - at) * weight)))
+  end
+  choose(state, entries)
 end
 
 local answer, spent = { 1000, 0 }, 0
@@ -252,7 +275,7 @@ for _, environment in ipairs(chosen) do
   local share = shares[environment]
   place(share.state, '+inf')
   save(share.state)
-  redis.call('HSET', held, environment, share.entries)
+  redis.call('HSET', held, environment, share.entries .. (alone and ' apart' or ''))
   answer[#answer + 1] = environment
   answer[#answer + 1] = share.entries
   spent = spent + share.entries

@@ -4,10 +4,11 @@
 -- grace time is over (forget.lua).
 --
 -- KEYS   1 ready    2 grace    3 totals; then per environment: entries, drain, and the claims of its keyed runs
--- ARGV   1 the taker    2 grace time in ms; then per environment: its id, the last settled entry's id, how many
---        were settled, n, and the run ids that its n claims must name. None settled: all is put back; up to the
---        entry that is named then, if one is, it may be in Postgres all the same, so it stays DRAINING
--- return per environment: {entries still queued, now as a generation}, or false when the taker no longer holds it
+-- ARGV   1 the taker    2 grace time in ms; then per environment: its id, the taker's name for the hold, the last
+--        settled entry's id, how many were settled, n, and the run ids that its n claims must name. None settled:
+--        all is put back; up to the entry that is named then, if one is, it may be in Postgres all the same, so it
+--        stays DRAINING
+-- return per environment: {entries still queued, now as a generation}, or false when that hold is over
 --
 -- Safe to run twice: the second run finds that the taker holds nothing.
 
@@ -30,17 +31,16 @@ end
 
 while argument <= #ARGV do
   local entries, drain = KEYS[key], KEYS[key + 1]
-  local id, last, settled, claims =
-    ARGV[argument], ARGV[argument + 1], tonumber(ARGV[argument + 2]), tonumber(ARGV[argument + 3])
-  key, argument = key + 2, argument + 4
-  local state = redis.call('HMGET', drain, 'holder', 'queued', 'uncertain')
-  local queued = tonumber(state[2]) or 0
+  local id, hold, last = ARGV[argument], ARGV[argument + 1], ARGV[argument + 2]
+  local settled, claims = tonumber(ARGV[argument + 3]), tonumber(ARGV[argument + 4])
+  key, argument = key + 2, argument + 5
+  local state = redis.call('HMGET', drain, 'holder', 'hold', 'queued', 'uncertain')
+  local queued, uncertain = tonumber(state[3]) or 0, state[4]
 
-  if state[1] ~= taker then
+  if state[1] ~= taker or state[2] ~= hold then
     answer[#answer + 1] = false
   else
-    redis.call('HDEL', drain, 'holder', 'taken')
-    local uncertain = state[3]
+    redis.call('HDEL', drain, 'holder', 'hold', 'taken')
     if settled == 0 and last ~= '' and not (uncertain and reaches(uncertain, last)) then
       redis.call('HSET', drain, 'uncertain', last)
     elseif settled > 0 and uncertain and reaches(last, uncertain) then
