@@ -94,7 +94,7 @@ class Item:
     `request` and `run` are a trigger's, `operation` and `shown` (its answer) an operation's. `claim` and
     `followers` belong to the first request of an idempotency key; the others `follow` it. A `suspended` item
     leaves its batch without an outcome: it `waits` for its key, or else its entry stays pending and is handed
-    out again. One that `is_late` has waited long enough.
+    out again. One that `is_late` has waited long enough. `life` is that of the process (`app/heartbeat.py`).
     """
 
     entry: Entry
@@ -114,6 +114,7 @@ class Item:
     waits: bool = False
     waiting_since: float | None = None
     is_late: bool = False
+    life: int = 0
 
     @property
     def open(self) -> bool:

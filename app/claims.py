@@ -77,7 +77,8 @@ class RedisClaims:
             for position in positions:
                 run, expected, winner_id = settlements[position]
                 keys.append(self._keys.claim(run))
-                arguments += (expected, winner_id, self._life_ms(run, now))
+                is_own = winner_id == run.id
+                arguments += (expected, winner_id, self._life_ms(run, now) if is_own else self._shortest_ms)
             calls.append(Call("settle_claims", keys, arguments))
         ended = [False] * len(settlements)
         for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):

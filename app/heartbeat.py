@@ -4,6 +4,8 @@ import asyncio
 import os
 import secrets
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from app.errors import Unreachable
@@ -23,13 +25,30 @@ class Heartbeat:
     """Renews the key of one consumer until it is stopped."""
 
     def __init__(
-        self, scripts: Scripts, keys: Keys, consumer: str, ttl_ms: int, telemetry: Telemetry
+        self,
+        scripts: Scripts,
+        keys: Keys,
+        consumer: str,
+        ttl_ms: int,
+        telemetry: Telemetry,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scripts = scripts
         self._key = keys.heartbeat(consumer)
         self._ttl_ms = ttl_ms
         self._telemetry = telemetry
+        self._clock = clock
+        self._renewed = clock()
+        self._life = 0
         self._stopping = asyncio.Event()
+
+    def life(self) -> int:
+        """Which of its lives the process is in: another begins when others may have taken it for dead."""
+        now = self._clock()
+        if now - self._renewed >= self._ttl_ms / 1000:
+            self._life += 1
+            self._renewed = now
+        return self._life
 
     async def beat(self) -> None:
         """Renew the key once.
@@ -37,7 +56,10 @@ class Heartbeat:
         Raises:
             Unreachable: Redis cannot be reached, or refuses.
         """
+        self.life()
+        sent = self._clock()
         await self._scripts.demand([Call("beat", [self._key], [self._ttl_ms])])
+        self._renewed = sent
 
     async def run(self) -> None:
         """Renew the key until `stop`; a Redis that is away is tried again at the next beat."""

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from app.batch import Answer, Batch, DeadLetter, Entry, Item
 from app.decode import Decode, read_operation
 from app.errors import InternalError, RequestError, Unreachable
+from app.fence import Fence
 from app.operations.scene import Perform, Scene, Turn, tenancy_of
 from app.ports import Desk, Reservations
 from app.respond import Respond
@@ -32,12 +33,15 @@ class Operate:
         desk: Desk,
         settings: Settings,
         telemetry: Telemetry,
+        life: Callable[[], int] = lambda: 0,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._table = table
         self._scene = scene
         self._decode = Decode(settings, read_operation)
         self._respond = Respond(reservations, desk, settings, telemetry)
+        self._fence = Fence(life, telemetry)
+        self._life = life
         self._most_deliveries = settings.max_deliveries
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._telemetry = telemetry
@@ -49,11 +53,12 @@ class Operate:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        batch = Batch([Item(entry) for entry in entries], self._clock())
+        batch = Batch([Item(entry, life=self._life()) for entry in entries], self._clock())
         with self._telemetry.stage("decode"):
             await self._decode(batch)
         with self._telemetry.stage("perform"):
             await asyncio.gather(*(self._perform(item) for item in batch.open()))
+        await self._fence(batch)
         with self._telemetry.stage("respond"):
             await self._respond(batch)
 

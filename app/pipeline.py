@@ -13,6 +13,7 @@ from app.batch import Batch, Entry, Item
 from app.decide import Decide
 from app.decode import Decode
 from app.deduplicate import Deduplicate
+from app.fence import Fence
 from app.ports import Buffer, Claims, Desk, RateGate, Reservations, Store
 from app.recall import Recall
 from app.relate import Relate
@@ -43,10 +44,11 @@ class Pipeline:
         health: StoreHealth,
         settings: Settings,
         telemetry: Telemetry,
+        life: Callable[[], int] = lambda: 0,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.waiting_room = WaitingRoom(claims, self.resume, settings, telemetry)
-        wait = self.waiting_room.admit
+        wait, fence = self.waiting_room.admit, Fence(life, telemetry)
         self._steps: Sequence[tuple[str, Step]] = (
             ("decode", Decode(settings)),
             ("validate", Validate(settings)),
@@ -54,13 +56,16 @@ class Pipeline:
             ("relate", Relate(buffer, store, settings)),
             ("deduplicate", Deduplicate(claims, store, wait, settings, telemetry)),
             ("decide", Decide(gate, health, settings, telemetry)),
+            ("fence", fence),
             ("write", Write(buffer, store, health, settings, telemetry)),
             ("settle", Settle(claims, wait, settings, telemetry)),
+            ("fence", fence),
             ("respond", Respond(reservations, desk, settings, telemetry)),
         )
         names = [name for name, _ in self._steps]
         self._steps_after_waiting = self._steps[names.index("deduplicate") :]
         self._telemetry = telemetry
+        self._life = life
         self._clock = clock
 
     async def handle(self, entries: Sequence[Entry]) -> None:
@@ -69,7 +74,7 @@ class Pipeline:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        await self._run(self._steps, [Item(entry) for entry in entries])
+        await self._run(self._steps, [Item(entry, life=self._life()) for entry in entries])
 
     async def resume(self, items: Sequence[Item]) -> None:
         """Take requests on that waited for their idempotency keys; they may come to wait again."""

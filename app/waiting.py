@@ -54,6 +54,7 @@ class WaitingRoom:
                 item.request,
                 run=item.run,
                 waiting_since=since,
+                life=item.life,
             )
             self._waiting.setdefault(_key(item), []).append(waiting)
             self.held.add(item.entry.id)

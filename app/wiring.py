@@ -114,6 +114,7 @@ class World:
             desk=RedisDesk(self.scripts, self.keys, self.keys.operations),
             settings=self.settings,
             telemetry=self.telemetry,
+            life=self.heartbeat.life,
         )
 
     def pipeline(self) -> Pipeline:
@@ -128,6 +129,7 @@ class World:
             health=StoreHealth(self.settings, time.monotonic),
             settings=self.settings,
             telemetry=self.telemetry,
+            life=self.heartbeat.life,
         )
 
     def turns(self) -> RedisTurns:

@@ -31,6 +31,7 @@ class World:
         self.settings = Settings.model_validate(changes)
         self.telemetry = Telemetry("test")
         self.now = NOW
+        self.life = 0
         self.pipeline = Pipeline(
             gate=self.gate,
             buffer=self.buffer,
@@ -41,6 +42,7 @@ class World:
             health=StoreHealth(self.settings),
             settings=self.settings,
             telemetry=self.telemetry,
+            life=lambda: self.life,
             clock=lambda: self.now,
         )
 
@@ -162,6 +164,55 @@ async def test_g3_a_redelivered_request_gets_the_same_run_and_reply() -> None:
         assert again == reply
         assert reply["status"] == "DELAYED"
         assert len(world.store.rows) + len(world.buffer.runs) == 1
+
+
+def lapse_after(world: World, owner: object, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the process be taken for dead in the middle of a step, once."""
+    step = getattr(owner, name)
+
+    async def slow(*arguments: Any) -> Any:
+        result = await step(*arguments)
+        world.life += 1
+        monkeypatch.undo()
+        return result
+
+    monkeypatch.setattr(owner, name, slow)
+
+
+@pytest.mark.parametrize("options", [{}, {"idempotency_key": "k"}], ids=["unkeyed", "keyed"])
+async def test_g3_who_was_taken_for_dead_writes_and_answers_nothing(
+    options: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was frozen before it came to write; another has its requests by now."""
+    world = World()
+    lapse_after(world, world.gate, "admit", monkeypatch)
+    first = entry(body(options=options))
+    assert await world.handle(first) == []
+    assert world.store.rows == {}
+    (reply,) = await world.handle(first._replace(deliveries=2))
+    assert list(world.store.rows) == [reply["run"]["id"]]
+
+
+async def test_g3_who_was_taken_for_dead_after_it_wrote_leaves_the_answer_to_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    lapse_after(world, world.store, "insert", monkeypatch)
+    first = entry()
+    assert await world.handle(first) == []
+    (reply,) = await world.handle(first._replace(deliveries=2))
+    assert list(world.store.rows) == [reply["run"]["id"]]
+
+
+async def test_g3_who_waited_for_a_key_while_its_process_was_taken_for_dead_is_not_answered() -> None:
+    world = World()
+    key = ("env_1", "send-email", "k")
+    world.claims.values[key] = "pending:another"
+    assert await world.handle(entry(body(options={"idempotency_key": "k"}))) == []
+    del world.claims.values[key]
+    world.life += 1
+    assert await world.tick() == []
+    assert world.store.rows == {}
 
 
 async def test_g3_a_handled_request_is_answered_whatever_its_deadline_and_deliveries_say() -> None:

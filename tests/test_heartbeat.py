@@ -1,0 +1,66 @@
+"""A process lives from one heartbeat to the next."""
+
+import pytest
+from redis.asyncio import Redis
+
+from app.errors import Unreachable
+from app.heartbeat import Heartbeat
+from app.keys import Keys
+from app.redis_client import Call, Scripts
+from app.telemetry import Telemetry
+
+KEYS = Keys("mollifier", 16)
+TTL_MS = 5000
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def heart(client: Redis, clock: Clock) -> Heartbeat:
+    return Heartbeat(Scripts(client), KEYS, "me", TTL_MS, Telemetry("test"), clock)
+
+
+async def test_who_beats_in_time_has_one_life(heart: Heartbeat, clock: Clock, client: Redis) -> None:
+    first = heart.life()
+    for _ in range(5):
+        clock.now += 4.9
+        await heart.beat()
+        assert heart.life() == first
+    assert 0 < await client.pttl(KEYS.heartbeat("me")) <= TTL_MS
+
+
+async def test_who_was_silent_for_too_long_has_another(heart: Heartbeat, clock: Clock) -> None:
+    """Also when the first thing that happens after that is a beat."""
+    first = heart.life()
+    clock.now += 5
+    await heart.beat()
+    second = heart.life()
+    clock.now += 5
+    assert len({first, second, heart.life()}) == 3
+
+
+async def test_a_beat_counts_from_when_it_was_sent(
+    heart: Heartbeat, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that failed, or whose answer was long under way, does not prolong a life."""
+    first = heart.life()
+
+    async def late(calls: list[Call]) -> None:
+        clock.now += 3
+        raise Unreachable("Redis: gone")
+
+    monkeypatch.setattr(heart._scripts, "demand", late)
+    with pytest.raises(Unreachable):
+        await heart.beat()
+    clock.now += 2
+    assert heart.life() != first
