@@ -168,21 +168,13 @@ def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
         for entry_id, snapshot in one.entries:
             load = Load(one.environment_id, entry_id, snapshot, one.overlays.get(entry_id))
             try:
-                load.run = _without_expired_key(decode_snapshot(snapshot), now)
+                load.run = decode_snapshot(snapshot)
                 overlay = None if load.overlay is None else decode_overlay(load.overlay)
                 load.row = row_at(load.run, overlay, now)
             except Exception as error:  # whatever it holds, it is this entry's trouble alone
                 load.trouble = f"the snapshot cannot be read: {error!r}"
             loads.append(load)
     return loads
-
-
-def _without_expired_key(run: Snapshot, now: datetime) -> Snapshot:
-    """A run that outlived its idempotency key becomes a row without it: the key may be another's by now."""
-    expires_at = run.idempotency_key_expires_at
-    if expires_at is None or expires_at > now:
-        return run
-    return replace(run, idempotency_key=None, idempotency_key_expires_at=None)
 
 
 def failure_row(row: Row, reason: str) -> Row:

@@ -50,6 +50,8 @@ class Recall:
             self._telemetry.recall_failed(error)
             _settle(asked, _has_reserved_form, error)
             _settle(contested, _any, error)
+            # Nor can one that has a run from one that comes too late to have any.
+            _settle(asked, lambda item: self._is_over(item, batch), error)
         _settle(contested, _any, RunIdConflict())
         _settle(
             asked,
@@ -58,6 +60,12 @@ class Recall:
         )
         for item in batch.open():
             self._refuse(item, batch)
+
+    def _is_over(self, item: Item, batch: Batch) -> bool:
+        """Whether a request is to be refused unless it has a run by now."""
+        assert item.request is not None
+        is_worn_out = item.entry.deliveries > self._settings.max_deliveries
+        return is_worn_out or (item.request.deadline is not None and item.request.deadline <= batch.now)
 
     async def _recall_from_buffer(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:
         return await self._buffer.recall(
@@ -68,14 +76,14 @@ class Recall:
         return await self._store.recall(_runs(items))
 
     def _refuse(self, item: Item, batch: Batch) -> None:
-        assert item.request is not None
-        deadline = item.request.deadline
+        if not self._is_over(item, batch):
+            return
         if item.entry.deliveries > self._settings.max_deliveries:
             item.dead_letter = DeadLetter(
                 "deliveries", "it was handed out too often without ever being finished"
             )
             item.outcome = InternalError()
-        elif deadline is not None and deadline <= batch.now:
+        else:
             item.outcome = DeadlineExceeded()
 
 

@@ -18,6 +18,8 @@ from app.rows import Materialised, Row, status_at
 from app.settings import Settings
 from schemas.snapshot import Snapshot
 
+_INSERTED = Materialised("inserted")
+
 
 class PostgresStore:
     """Implements `ports.Store` and `ports.Materialiser`."""
@@ -68,10 +70,23 @@ class PostgresStore:
     async def materialise(self, rows: Sequence[Row], now: datetime) -> Sequence[Materialised]:
         """See `ports.Materialiser.materialise`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            if await copy_rows(connection, rows):
-                results: Sequence[Materialised] = [Materialised("inserted")] * len(rows)
+            outlived = [position for position, row in enumerate(rows) if _has_outlived_its_key(row, now)]
+            if outlived:
+                rows, winners = await _let_go_of_keys(connection, rows, outlived)
             else:
-                results = await self._insert(connection, rows, now)
+                winners = {}
+            writing = [row for position, row in enumerate(rows) if position not in winners]
+            is_copied = not writing or await copy_rows(connection, writing)
+            results: Sequence[Materialised] = (
+                [_INSERTED] * len(writing) if is_copied else await self._insert(connection, writing, now)
+            )
+            if winners:
+                rest = iter(results)
+                results = [
+                    Materialised("alias", winners[position]) if position in winners else next(rest)
+                    for position in range(len(rows))
+                ]
+            if winners or not is_copied:
                 await _reconcile(connection, rows, results)
             ended = [row.run.id for row in rows if row.is_final]
             if ended:
@@ -183,13 +198,45 @@ async def _reconcile(connection: Connection, rows: Sequence[Row], results: Seque
         await connection.execute(statement("amend_runs"), [row.values() for row in changed])
 
 
+def _has_outlived_its_key(row: Row, now: datetime) -> bool:
+    run = row.run
+    return (
+        run.idempotency_key is not None
+        and run.idempotency_key_expires_at is not None
+        and run.idempotency_key_expires_at <= now
+    )
+
+
+async def _let_go_of_keys(
+    connection: Connection, rows: Sequence[Row], outlived: Sequence[int]
+) -> tuple[Sequence[Row], dict[int, str]]:
+    """Rows without the keys that they outlived; and by position, the run whose alias one is all the same: it
+    has the key, and had it while that still counted.
+    """
+    runs = [rows[position].run for position in outlived]
+    records = await connection.fetch(
+        statement("look_up_outlived_keys"),
+        *key_columns(runs),
+        [run.id for run in runs],
+        [run.created_at for run in runs],
+        [run.idempotency_key_expires_at for run in runs],
+    )
+    bare = list(rows)
+    winners = {}
+    for position, record in zip(outlived, records, strict=True):
+        bare[position] = _without_key(rows[position])
+        if record["id"] is not None and rows[position].status != "CANCELED":
+            winners[position] = record["id"]
+    return bare, winners
+
+
 def _without_key(row: Row) -> Row:
     return row._replace(run=replace(row.run, idempotency_key=None, idempotency_key_expires_at=None))
 
 
 def _materialised(row: Row, hindrance: Hindrance) -> Materialised:
     if hindrance is None:
-        return Materialised("inserted")
+        return _INSERTED
     if isinstance(hindrance, Exception):
         return Materialised("refused", error=str(refusal(hindrance)))
     own = own_answer(row.run, hindrance)

@@ -953,6 +953,40 @@ class TestKeysAndTimes:
         assert rows[outlived.id]["idempotency_key"] is None
         assert rows[another.id]["idempotency_key"] == "k"
 
+    async def test_a_run_that_outlived_a_key_which_it_had_beside_another_is_its_alias(
+        self, place: Place
+    ) -> None:
+        """G4: without claims, one was buffered and one inserted, while the key of either counted.
+
+        Told of twice, it is an alias still; and one that is a row already stays one.
+        """
+        now = datetime.now(UTC)
+        outlived: dict[str, Any] = {
+            "idempotency_key": "k",
+            "idempotency_key_expires_at": now - timedelta(seconds=1),
+            "created_at": now - timedelta(seconds=3),
+        }
+        (row,) = new_runs("env_1", 1, **outlived)
+        (winner,) = new_runs("env_1", 1, **keyed("k"), created_at=now - timedelta(seconds=2))
+        await place.store.materialise([Row(row, "QUEUED")], now)
+        await place.store.insert([winner], now)
+        (before,) = await place.accept("env_1")
+        (alias,) = await place.accept("env_1", **outlived)
+        await place.redis.delete(KEYS.claim(alias))
+        (cancelled,) = await place.accept("env_1", **outlived)
+        await place.change(cancelled, cancelled_at=now, cancel_reason="no longer wanted")
+        (after,) = await place.accept("env_1")
+        await (await place.bench()).dry()
+        rows = await place.rows()
+        assert rows.keys() == set(ids([row, winner, before, cancelled, after]))
+        assert rows[winner.id]["idempotency_key"] == "k"
+        assert rows[cancelled.id]["status"] == "CANCELED"
+        query = "SELECT id, run_id FROM mollifier.run_aliases"
+        assert [tuple(one) for one in await place.pool.fetch(query)] == [(alias.id, winner.id)]
+        again = await place.store.materialise([Row(row, "QUEUED"), Row(alias, "QUEUED")], now)
+        assert [one.result for one in again] == ["present", "alias"]
+        assert (await place.rows()).keys() == rows.keys()
+
     async def test_a_run_whose_key_is_taken_becomes_an_alias(self, place: Place) -> None:
         bench = await place.bench(ack_grace_ttl_s=0)
         before = await place.accept("env_1", 2)

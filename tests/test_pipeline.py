@@ -153,6 +153,22 @@ async def test_g1_every_entry_is_acknowledged_with_exactly_one_outcome() -> None
     assert [channel for channel, _ in world.desk.replies] == [f"{PREFIX}test"] * 3
 
 
+@pytest.mark.parametrize("late", [{"deliveries": 9}, {"deadline": True}], ids=["worn out", "late"])
+async def test_g3_a_request_that_may_have_a_run_is_not_refused_while_nobody_can_tell(
+    late: dict[str, Any],
+) -> None:
+    """Its run is a row, and Postgres is away when it comes again, too late."""
+    world = World(max_deliveries=2)
+    deadline = {"deadline": (NOW + timedelta(seconds=1)).isoformat()} if "deadline" in late else {}
+    first = entry(body(**deadline))
+    await world.handle(first)
+    world.now += timedelta(seconds=2)
+    world.store.failure = StoreUnavailable()
+    (reply,) = await world.handle(first._replace(deliveries=late.get("deliveries", 2)))
+    assert (reply["error"]["code"], reply["error"]["retryable"]) == ("store_unavailable", True)
+    assert world.desk.dead == []
+
+
 async def test_g3_a_redelivered_request_gets_the_same_run_and_reply() -> None:
     for passes in (0, 1):
         world = World()
