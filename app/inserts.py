@@ -175,18 +175,20 @@ async def look_up(connection: Connection, runs: Sequence[Snapshot], now: datetim
                 run.task,
                 run.idempotency_key,
                 run.one_time_use_token,
+                run.buffered_at or now,
             )
             for run in runs
         ),
         strict=True,
     )
-    records: list[asyncpg.Record] = await connection.fetch(statement("look_up_runs"), *columns, now)
+    records: list[asyncpg.Record] = await connection.fetch(statement("look_up_runs"), *columns)
     return records
 
 
 async def free_keys(connection: Connection, runs: Sequence[Snapshot], now: datetime) -> None:
-    """Free the keys of runs from rows that failed or outlived them."""
-    await connection.execute(statement("free_keys"), *key_columns(runs), now)
+    """Free the keys of runs from rows that failed, or that had outlived them when these runs were accepted."""
+    accepted = [run.buffered_at or now for run in runs]
+    await connection.execute(statement("free_keys"), *key_columns(runs), accepted)
 
 
 def key_columns(runs: Sequence[Snapshot]) -> tuple[list[str], list[str], list[str], list[str | None]]:

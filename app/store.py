@@ -218,7 +218,7 @@ async def _let_go_of_keys(
         statement("look_up_outlived_keys"),
         *key_columns(runs),
         [run.id for run in runs],
-        [run.created_at for run in runs],
+        [run.buffered_at or run.created_at for run in runs],
         [run.idempotency_key_expires_at for run in runs],
     )
     bare = list(rows)

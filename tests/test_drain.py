@@ -987,6 +987,21 @@ class TestKeysAndTimes:
         assert [one.result for one in again] == ["present", "alias"]
         assert (await place.rows()).keys() == rows.keys()
 
+    @pytest.mark.parametrize("after_s", [-1, 1], ids=["while the key counted", "after it had ended"])
+    async def test_a_key_is_judged_as_of_when_its_run_was_accepted(self, place: Place, after_s: int) -> None:
+        """G4: it was buffered while Postgres was away, and nobody knew of the row that has its key, which has
+        outlived it by now.
+        """
+        now = datetime.now(UTC)
+        ended = now - timedelta(seconds=5)
+        (row,) = new_runs("env_1", 1, idempotency_key="k", idempotency_key_expires_at=ended)
+        await place.store.insert([row], ended - timedelta(seconds=9))
+        (late,) = new_runs("env_1", 1, **keyed("k"))
+        late = replace(late, buffered_at=ended + timedelta(seconds=after_s))
+        await place.accept_all([late])
+        await (await place.bench()).dry()
+        assert (late.id in await place.rows()) == (after_s > 0)
+
     async def test_a_run_whose_key_is_taken_becomes_an_alias(self, place: Place) -> None:
         bench = await place.bench(ack_grace_ttl_s=0)
         before = await place.accept("env_1", 2)

@@ -1,7 +1,7 @@
 -- What stands in the way of runs, or answers them: the row or alias with their id, and the run that has
 -- their idempotency key or token.
 -- $1 ids  $2 organization ids  $3 environment ids  $4 tasks  $5 idempotency keys  $6 one-time-use tokens; text[]
--- $7 now, timestamptz
+-- $7 when each was accepted, of which time it is told whether the key is free; timestamptz[]
 -- Returns one row per run, in order.
 SELECT
     coalesce(own.environment_id, alias.environment_id) AS own_environment_id,
@@ -14,13 +14,16 @@ SELECT
     keyed.span_id AS winner_span_id,
     keyed.delay_until AS winner_delay_until,
     coalesce(
-        keyed.idempotency_key_expires_at <= $7 OR keyed.status IN ('FAILED', 'EXPIRED', 'SYSTEM_FAILURE'), false
+        keyed.idempotency_key_expires_at <= wanted.accepted_at
+        OR keyed.status IN ('FAILED', 'EXPIRED', 'SYSTEM_FAILURE'),
+        false
     ) AS winner_key_is_free,
     EXISTS (SELECT FROM mollifier.runs AS used WHERE used.one_time_use_token = wanted.token)
         OR EXISTS (SELECT FROM mollifier.run_aliases AS used WHERE used.one_time_use_token = wanted.token)
         AS token_is_used
-FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[]) WITH ORDINALITY
-    AS wanted (id, organization_id, environment_id, task, idempotency_key, token, position)
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[])
+    WITH ORDINALITY
+    AS wanted (id, organization_id, environment_id, task, idempotency_key, token, accepted_at, position)
 LEFT JOIN mollifier.runs AS own ON own.id = wanted.id
 LEFT JOIN mollifier.run_aliases AS alias ON alias.id = wanted.id
 LEFT JOIN mollifier.runs AS aliased ON aliased.id = alias.run_id

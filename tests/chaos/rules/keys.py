@@ -89,10 +89,13 @@ def _was_freed(
     first: Row,
     second: Row,
 ) -> bool:
-    if first["status"] in _ENDS_ITS_KEY:
+    is_cancelled_loser = first["status"] == "CANCELED" and first["idempotency_key"] is None
+    if first["status"] in _ENDS_ITS_KEY or is_cancelled_loser:
         return True
     start, end = seconds(first["created_at"]), _accepted_by(story, second)
-    if any(since <= end + 1 and start <= until for since, until in reset.get(key, ())):
+    # Two that were accepted side by side, without claims, are made one when the later of them becomes a row.
+    are_rows = max(seconds(first["materialised_at"]), seconds(second["materialised_at"]))
+    if any(since <= max(end, are_rows) + 1 and start <= until for since, until in reset.get(key, ())):
         return True
     life_s = _life_s(keyed[key])
     return life_s is not None and (end >= start + life_s - 0.1 or story.jumped(start - 5, end + 5))
@@ -118,7 +121,9 @@ def replies_name_the_keys_run(story: Story) -> Iterator[Violation]:
                     yield Violation(
                         "replies name the key's run", attempt.name, f"told {row['id']}, which has another key"
                     )
-                elif row is not None and not _was_live(story, key, reset, row, attempt, told.at):
+                elif row is not None and not _was_live(
+                    story, key, reset, told.reply["run"]["id"], row, attempt, told.at
+                ):
                     yield Violation(
                         "replies name the key's run",
                         attempt.name,
@@ -130,11 +135,12 @@ def _was_live(
     story: Story,
     key: Key,
     reset: dict[Key, list[tuple[float, float]]],
+    run_id: str,
     row: Row,
     attempt: Attempt,
     told_at: float,
 ) -> bool:
-    expires_at = _key_expiry(story, row)
+    expires_at = _key_expiry(story, row) if run_id == row["id"] else _alias_key_expiry(story, run_id)
     if expires_at is None or reset.get(key):
         return True
     is_in_time = attempt.sending_at <= expires_at + CLAIM_OUTLIVES_KEY_S
@@ -146,6 +152,18 @@ def _key_expiry(story: Story, row: Row) -> float | None:
     attempts = story.by_request.get(marker(row) or "")
     life = attempts[0].options.get("idempotency_key_ttl", "30d") if attempts else "30d"
     return seconds(row["created_at"]) + float(life[:-1]) if life.endswith("s") else None
+
+
+def _alias_key_expiry(story: Story, run_id: str) -> float | None:
+    """When the key of a run ended at the latest that became an alias; None: not within the storm."""
+    ends = [
+        told.at + float(life[:-1])
+        for attempt in story.attempts
+        for told in attempt.told("run")
+        if told.reply["run"]["id"] == run_id and not told.reply["is_cached"]
+        if (life := attempt.options.get("idempotency_key_ttl", "30d")).endswith("s")
+    ]
+    return max(ends, default=None)
 
 
 def one_delayed_run_per_debounce_key(story: Story) -> Iterator[Violation]:
