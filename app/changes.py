@@ -98,6 +98,16 @@ def replace_metadata(metadata: bytes) -> Change:
     return change
 
 
+def note(row: Row) -> Row:
+    """Change nothing but what is remembered of an operation, whose work is on other runs.
+
+    Raises:
+        RunFinished: from the change.
+    """
+    _refuse_final(row)
+    return row._replace()
+
+
 def change_metadata(operations: Sequence[AnyMetadataOperation], most_bytes: int) -> Change:
     """Change the metadata by operations.
 

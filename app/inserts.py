@@ -186,7 +186,7 @@ async def look_up(connection: Connection, runs: Sequence[Snapshot], now: datetim
 
 
 async def free_keys(connection: Connection, runs: Sequence[Snapshot], now: datetime) -> None:
-    """Free the keys of runs from rows that failed, or that had outlived them when these runs were accepted."""
+    """Free the keys of runs from rows that failed, or had outlived them when these runs were accepted."""
     accepted = [run.buffered_at or now for run in runs]
     await connection.execute(statement("free_keys"), *key_columns(runs), accepted)
 

@@ -95,6 +95,15 @@ class RedisLeftovers:
                 break
         return by_tag
 
+    async def not_buffered(self, reservations: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+        """See `ports.Leftovers.not_buffered`."""
+        calls = []
+        for run_id, owner in reservations:
+            _, _, environment = owner.partition("\0")
+            calls.append(Call("HEXISTS", None, [self._keys.environment(environment).index, run_id]))
+        answers = await self._scripts.demand(calls)
+        return [one for one, is_buffered in zip(reservations, answers, strict=True) if not is_buffered]
+
     async def retire(self, kept: Kept) -> tuple[int, int]:
         """See `ports.Leftovers.retire`."""
         claims: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)

@@ -333,6 +333,14 @@ class Leftovers(Protocol):
         """
         ...
 
+    async def not_buffered(self, reservations: Sequence[tuple[str, str]]) -> Sequence[tuple[str, str]]:
+        """Those of some reservations whose run is not in the buffer.
+
+        Raises:
+            Unreachable: the buffer cannot be read.
+        """
+        ...
+
     async def retire(self, kept: Kept) -> tuple[int, int]:
         """End claims and reservations, each only if it is still that run's; how many claims, reservations.
 

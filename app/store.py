@@ -102,11 +102,11 @@ class PostgresStore:
         keyed = [row.run for row in rows if row.run.idempotency_key is not None]
         if keyed:
             await free_keys(connection, keyed, now)
+        rows = await _without_lost_keys(connection, rows, now)
         hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
         results = [_materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)]
         for position, (row, result) in enumerate(zip(rows, results, strict=True)):
-            # A cancelled run that lost its key stays cancelled: it is a row of its own, which holds no key.
-            if result.result == "alias" and row.status == "CANCELED":
+            if result.result == "alias" and row.status == "CANCELED":  # it lost its key just now
                 (hindrance,) = await insert_rows(connection, [_without_key(row)], now)
                 results[position] = _materialised(row, hindrance)
         return results
@@ -228,6 +228,23 @@ async def _let_go_of_keys(
         if record["id"] is not None and rows[position].status != "CANCELED":
             winners[position] = record["id"]
     return bare, winners
+
+
+async def _without_lost_keys(connection: Connection, rows: Sequence[Row], now: datetime) -> Sequence[Row]:
+    """Rows, the cancelled ones without a key that another has: they stay cancelled, on their own (G10)."""
+    cancelled = [
+        position
+        for position, row in enumerate(rows)
+        if row.status == "CANCELED" and row.run.idempotency_key is not None
+    ]
+    if not cancelled:
+        return rows
+    kept = list(rows)
+    found = await look_up(connection, [rows[position].run for position in cancelled], now)
+    for position, record in zip(cancelled, found, strict=True):
+        if record["winner_id"] not in (None, rows[position].run.id):
+            kept[position] = _without_key(rows[position])
+    return kept
 
 
 def _without_key(row: Row) -> Row:

@@ -161,5 +161,6 @@ class World:
             census=RedisCensus(self.scripts, self.keys, self.settings),
             leftovers=RedisLeftovers(self.scripts, self.keys, self.settings),
             rows=PostgresRows(self.pool, self.settings),
+            settings=self.settings,
             telemetry=self.telemetry,
         )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from app.batch import Answer, Batch, Decision, Item, Outcome
-from app.errors import BufferUnavailable, RequestError, StoreUnavailable, Unreachable
+from app.errors import BufferUnavailable, QueueLimitExceeded, RequestError, StoreUnavailable, Unreachable
 from app.ports import Buffer, Store
 from app.settings import Settings
 from app.store_health import StoreHealth
@@ -59,6 +59,10 @@ class Write:
                 else:
                     item.outcome = error
             await self._mollify(diverted, batch)
+            if error.may_be_done:
+                for item in diverted:
+                    if isinstance(item.outcome, BufferUnavailable | QueueLimitExceeded):
+                        item.outcome = error  # "nothing was accepted" is more than anybody knows
 
     async def _mollify(self, items: Sequence[Item], batch: Batch) -> None:
         if not items:

@@ -433,3 +433,18 @@ class TestOverlay:
         stored = decode_overlay(encode_overlay(_overlay(before, after, NOW)))
         merged = row_at(snapshot, stored, NOW + later)
         assert (merged.status, merged.cancelled_at, merged.cancel_reason) == ("CANCELED", NOW, "because")
+
+
+class TestNote:
+    """G11: an operation on a parent alone, handed out again after the run itself has ended."""
+
+    def test_one_that_was_noted_is_done(self) -> None:
+        noted = changes.once(changes.note, "1-1")(row())
+        assert (noted.run, noted.applied, noted.revision) == (row().run, ("1-1",), 1)
+        ended = noted._replace(status="CANCELED")
+        assert changes.once(changes.note, "1-1")(ended) is ended
+
+    @pytest.mark.parametrize("status", sorted(FINAL))
+    def test_one_that_comes_too_late_is_refused(self, status: Any) -> None:
+        with pytest.raises(RunFinished):
+            changes.once(changes.note, "1-1")(row(status))

@@ -894,6 +894,18 @@ class TestG10CancelWins:
         assert [rows[one.id]["status"] for one in runs] == ["QUEUED", "CANCELED", "QUEUED"]
         assert rows[runs[1].id]["cancel_reason"] == "late"
 
+    async def test_in_its_place_though_another_has_its_key(self, place: Place) -> None:
+        """G9, G10: what lost its key is a row of its own, in the order in which all were accepted."""
+        now = datetime.now(UTC)
+        await place.store.insert(new_runs("env_1", 1, **keyed("k")), now)
+        (before,) = await place.accept("env_1")
+        (cancelled,) = await place.accept("env_1", **keyed("k"))
+        (after,) = await place.accept("env_1")
+        await place.change(cancelled, cancelled_at=now, cancel_reason="no longer wanted")
+        await (await place.bench()).dry()
+        assert (await place.arrived("env_1"))[1:] == ids([before, cancelled, after])
+        assert (await place.rows())[cancelled.id]["status"] == "CANCELED"
+
     async def test_over_a_refusal(self, place: Place) -> None:
         now = datetime.now(UTC)
         (cancelled,) = await place.accept("env_1", 1, metadata=b'{"a": "\\u0000"}')

@@ -388,6 +388,16 @@ async def test_a_failing_store_diverts_into_the_buffer_under_the_same_id() -> No
     assert world.gate.asked == [{"env_1": 1}], "while the store fails the gate's answer would not matter"
 
 
+@pytest.mark.parametrize("may_be_done", [False, True])
+async def test_g1_what_may_be_a_row_is_not_said_to_be_nothing(may_be_done: bool) -> None:
+    """The buffer refuses what was diverted to it, after a statement whose end nobody heard of."""
+    world = World()
+    world.store.failure, world.buffer.failure = StoreUnavailable(), BufferUnavailable()
+    world.store.failure.may_be_done = may_be_done
+    (reply,) = await world.handle(entry())
+    assert reply["error"]["code"] == ("store_unavailable" if may_be_done else "buffer_unavailable")
+
+
 @pytest.mark.parametrize(
     "changes", [{"divert_on_store_failure": False}, {"default_enrolled": False}, {"shadow_mode": True}]
 )

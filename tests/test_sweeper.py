@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
@@ -81,13 +82,21 @@ def make_leftovers(client: Redis, **changes: Any) -> RedisLeftovers:
     return RedisLeftovers(Scripts(client), KEYS, Settings.model_validate(changes))
 
 
-def make_sweep(scripts: Scripts, pool: Pool, telemetry: Telemetry | None = None, **changes: Any) -> Sweep:
+def make_sweep(
+    scripts: Scripts,
+    pool: Pool,
+    telemetry: Telemetry | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    **changes: Any,
+) -> Sweep:
     settings = Settings.model_validate(changes)
     return Sweep(
         census=RedisCensus(scripts, KEYS, settings),
         leftovers=RedisLeftovers(scripts, KEYS, settings),
         rows=PostgresRows(pool, settings),
+        settings=settings,
         telemetry=telemetry or Telemetry("test"),
+        clock=clock,
     )
 
 
@@ -503,6 +512,23 @@ class TestClaimsAndReservations:
         left = [await client.hgetall(KEYS.chosen(partition)) for partition in range(16)]
         assert {name for one in left for name in one} == {b"absent", b"foreign"}
         assert counted_by(telemetry, "swept", what="reservation") == 1
+
+    async def test_a_reservation_without_a_run_ends_once_no_request_can_be_at_work_on_it(
+        self, client: Redis, pool: Pool, make_buffer: MakeBuffer
+    ) -> None:
+        """Its worker was taken for dead between reserving and writing. What is buffered keeps its id."""
+        buffered, abandoned = run(id="buffered"), run(id="abandoned")
+        await make_buffer().recall([], [buffered, abandoned])
+        await make_buffer().accept([buffered], [None])
+        now = 0.0
+        sweep = make_sweep(Scripts(client), pool, clock=lambda: now, claim_ttl_s=30)
+        left = []
+        for _ in range(3):
+            await sweep.make_pass()
+            chosen = [await client.hgetall(KEYS.chosen(partition)) for partition in range(16)]
+            left.append({name for one in chosen for name in one})
+            now += 30.5
+        assert left == [{b"buffered", b"abandoned"}, {b"buffered"}, {b"buffered"}]
 
     async def test_the_search_goes_on_where_it_was(
         self,

@@ -32,11 +32,13 @@ async def update_metadata(scene: Scene, turn: Turn) -> Shown:
 
 
 def _own_change(request: UpdateMetadata, most_bytes: int) -> changes.Change:
-    if request.operations is not None:
+    if request.operations:
         return changes.change_metadata(request.operations, most_bytes)
     if not isinstance(request.metadata, msgspec.UnsetType):
         return changes.replace_metadata(check_metadata("metadata", bytes(request.metadata), most_bytes))
     if request.parent_operations or request.root_operations:
+        return changes.note
+    if request.operations is not None:
         return changes.change_metadata((), most_bytes)
     raise InvalidRequest("metadata: required, or operations")
 

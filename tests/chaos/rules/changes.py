@@ -72,7 +72,7 @@ def acknowledged_is_in_the_row(story: Story) -> Iterator[Violation]:
 
 def _took_in_an_alias(row: Row) -> bool:
     """Whether an alias' own metadata were added to a row's, key by key: of a list or counter one is left."""
-    return any("-" not in operation for operation in row["applied"])
+    return any("-" not in operation for operation in row.get("applied", ()))
 
 
 def appended_once(story: Story) -> Iterator[Violation]:

@@ -71,7 +71,7 @@ def one_run_per_key(story: Story) -> Iterator[Violation]:
     had failed."""
     keyed, reset = _keyed(story), resets(story)
     for key, rows in _rows_by_key(story, keyed).items():
-        for first, second in pairwise(rows):
+        for first, second in pairwise(row for row in rows if row["status"] not in _ENDS_ITS_KEY):
             if not _was_freed(story, key, keyed, reset, first, second):
                 yield Violation(
                     "one run per key",
@@ -90,7 +90,7 @@ def _was_freed(
     second: Row,
 ) -> bool:
     is_cancelled_loser = first["status"] == "CANCELED" and first["idempotency_key"] is None
-    if first["status"] in _ENDS_ITS_KEY or is_cancelled_loser:
+    if is_cancelled_loser:
         return True
     start, end = seconds(first["created_at"]), _accepted_by(story, second)
     # Two that were accepted side by side, without claims, are made one when the later of them becomes a row.
