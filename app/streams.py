@@ -1,7 +1,7 @@
 """A request stream's consumer group: creating it, and taking over what dead consumers held."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError, ResponseError
@@ -9,7 +9,7 @@ from redis.exceptions import RedisError, ResponseError
 from app.batch import Entry
 from app.errors import BufferUnavailable, Unreachable
 from app.keys import Keys
-from app.redis_client import LOST
+from app.redis_client import LOST, Call, Scripts
 
 _ORPHANED_MS = 1000
 """How long an entry of our own may be pending without being held before it counts as lost on the way here."""
@@ -18,11 +18,19 @@ _QUARANTINE = 3
 """From this delivery on an entry is handled alone: it may be what its batch died of."""
 
 
+class _Pending(NamedTuple):
+    """An entry that was handed out, and to whom."""
+
+    entry_id: str
+    consumer: bytes
+
+
 class RequestStream:
     """One stream as one consumer sees it; implements `scene.FrontDoor`."""
 
     def __init__(self, redis: Redis, keys: Keys, stream: str, consumer: str, reclaim_idle_ms: int) -> None:
         self._redis = redis
+        self._scripts = Scripts(redis)
         self._keys = keys
         self._stream = stream
         self._group = keys.group
@@ -68,7 +76,7 @@ class RequestStream:
         """
         try:
             for why, pending in await self._abandoned(held, most):
-                entries = await self._claim(pending)
+                entries = await self._take_over(pending)
                 if entries:
                     return why, _batches(entries)
         except (RedisError, OSError) as error:
@@ -84,12 +92,12 @@ class RequestStream:
         except (RedisError, OSError) as error:
             raise Unreachable(f"Redis: {error}") from error
 
-    async def _abandoned(self, held: Collection[str], most: int) -> list[tuple[str, list[Any]]]:
-        """Pending entries that can be claimed, by reason: (entry id, minimal idle ms, deliveries)."""
+    async def _abandoned(self, held: Collection[str], most: int) -> list[tuple[str, list[_Pending]]]:
+        """Pending entries that can be taken over, by reason."""
         consumers: Any = await self._redis.xinfo_consumers(self._stream, self._group)
         names = [one["name"].decode() for one in consumers if one["pending"] > 0]
         others = [name for name in names if name != self._consumer]
-        found: list[tuple[str, list[Any]]] = []
+        found: list[tuple[str, list[_Pending]]] = []
         if others:
             alive = await self._redis.mget([self._keys.heartbeat(name) for name in others])
             for name, beat in zip(others, alive, strict=True):
@@ -97,37 +105,28 @@ class RequestStream:
                     found.append(("holder_gone", await self._pending(most, name)))
         if self._consumer in names:
             own = await self._pending(most + len(held), self._consumer, _ORPHANED_MS)
-            found.append(("lost_on_the_way", [one for one in own if one[0] not in held]))
+            found.append(("lost_on_the_way", [one for one in own if one.entry_id not in held]))
         if others:
             found.append(("idle", await self._pending(most, None, self._reclaim_idle_ms)))
-        return [(why, [one for one in pending if one[0] not in held]) for why, pending in found if pending]
+        return [
+            (why, [one for one in pending if one.entry_id not in held]) for why, pending in found if pending
+        ]
 
-    async def _pending(self, most: int, consumer: str | None, idle_ms: int | None = None) -> list[Any]:
+    async def _pending(self, most: int, consumer: str | None, idle_ms: int | None = None) -> list[_Pending]:
         pending: Any = await self._redis.xpending_range(
             self._stream, self._group, "-", "+", most, consumername=consumer, idle=idle_ms
         )
-        return [
-            (one["message_id"].decode(), one["time_since_delivered"], one["times_delivered"])
-            for one in pending
-        ]
+        return [_Pending(one["message_id"].decode(), one["consumer"]) for one in pending]
 
-    async def _claim(self, pending: Sequence[Any]) -> list[Entry]:
-        """Claim entries; those that another consumer was quicker to claim stay with it."""
+    async def _take_over(self, pending: Sequence[_Pending]) -> list[Entry]:
+        """Take entries over; those that another consumer was quicker to take stay with it."""
         if not pending:
             return []
-        deliveries = {entry_id: count + 1 for entry_id, _, count in pending}
-        idle_ms = min(idle for _, idle, _ in pending)
-        claimed: Any = await self._redis.xclaim(
-            self._stream,
-            self._group,
-            self._consumer,
-            max(1, idle_ms),
-            [entry_id for entry_id, _, _ in pending],
-        )
+        arguments = [self._group, self._consumer, *(part for one in pending for part in one)]
+        (taken,) = await self._scripts.demand([Call("take_over", [self._stream], arguments)])
         return [
-            Entry(entry_id.decode(), fields, deliveries[entry_id.decode()])
-            for entry_id, fields in claimed
-            if fields is not None
+            Entry(entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), deliveries)
+            for entry_id, fields, deliveries in taken
         ]
 
 

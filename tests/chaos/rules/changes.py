@@ -1,6 +1,7 @@
 """Rules about operations: what was acknowledged is in the row, what was cancelled stays so."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import datetime
@@ -72,7 +73,7 @@ def acknowledged_is_in_the_row(story: Story) -> Iterator[Violation]:
 
 def _took_in_an_alias(row: Row) -> bool:
     """Whether an alias' own metadata were added to a row's, key by key: of a list or counter one is left."""
-    return any("-" not in operation for operation in row.get("applied", ()))
+    return any(not re.fullmatch(r"\d+-\d+( \w+)?", operation) for operation in row.get("applied", ()))
 
 
 def appended_once(story: Story) -> Iterator[Violation]:

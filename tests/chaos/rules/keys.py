@@ -14,6 +14,9 @@ Key = tuple[str, str, str]
 CLAIM_OUTLIVES_KEY_S = 2.0
 """A claim lives for CLAIM_MIN_TTL_S at least, however short its key's life is."""
 
+_MAY_COME_AGAIN_S = 1.0
+"""Requests that take longer may have been handed out more than once."""
+
 _ENDS_ITS_KEY = ("FAILED", "EXPIRED", "SYSTEM_FAILURE")
 
 
@@ -32,7 +35,10 @@ def resets(story: Story) -> dict[Key, list[tuple[float, float]]]:
     for attempt in story.attempts:
         if attempt.kind == "reset" and attempt.fate != "refused":
             told = attempt.told("idempotency_key_reset")
-            if attempt.codes and not told and "store_unavailable" not in attempt.codes:
+            errors = attempt.told("error")
+            # One that was handed out again finds nothing if it was done the first time.
+            may_be_again = any(one.at - attempt.sending_at > _MAY_COME_AGAIN_S for one in errors)
+            if errors and not told and not may_be_again and "store_unavailable" not in attempt.codes:
                 continue
             until = told[0].at if told else float("inf")
             body = attempt.body
