@@ -68,7 +68,10 @@ class RedisBufferedRuns:
             run_ids = [fields[b"run_id"] for _, fields in entries]
             (overlays,) = await self._scripts.demand([Call("HMGET", None, [names.overlays, *run_ids])])
             for (_, fields), overlay in zip(entries, overlays, strict=True):
-                one = buffered_run("QUEUED", decode_snapshot(fields[b"snapshot"]), overlay, now)
+                try:
+                    one = buffered_run("QUEUED", decode_snapshot(fields[b"snapshot"]), overlay, now)
+                except ValueError:  # as msgspec's own errors are
+                    continue  # the drainer is going to set it aside
                 if _passes(one, tenancy, wanted):
                     found.append(one)
             found = sorted(found, key=_place, reverse=True)[: wanted.limit]

@@ -120,7 +120,9 @@ class Mollifier:
     async def retrieve(
         self, run_id: str, *, environment: AnyTenant, timeout: float | None = TIMEOUT_S
     ) -> RunDetails:
-        """A run as it is, buffered or not. Free-form fields are JSON: `msgspec.json.decode(run.payload)`."""
+        """A run as it is, buffered or not. Free-form fields are JSON, which is null where there is none:
+        `msgspec.json.decode(run.payload)`.
+        """
         body = operation(requests.Retrieve, environment, run_id=run_id)
         return await self._about_a_run(body, timeout, repeatable=True)
 

@@ -5,7 +5,7 @@ from msgspec import Raw
 from app.rows import Row
 from app.run_ids import friendly
 from app.runs import Found, StoredRun
-from schemas.run import RunDetails
+from schemas.run import NOTHING, RunDetails
 
 _FROM_RUN = tuple(
     name
@@ -53,5 +53,5 @@ def details(found: Found) -> RunDetails:
     )
 
 
-def _json(text: bytes | None) -> Raw | None:
-    return None if text is None else Raw(text)
+def _json(text: bytes | None) -> Raw:
+    return NOTHING if text is None else Raw(text)

@@ -4,16 +4,11 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
-from msgspec import Raw
-from msgspec.structs import force_setattr
 
 from app.errors import InternalError, InvalidRequest, RequestError
-from schemas.replies import ErrorDetail, ErrorReply, KeyResetReply, RunDetailsReply, RunListReply, RunReply
-from schemas.run import RunDetails
+from schemas.replies import ErrorDetail, ErrorReply, Reply
 
 Success = TypeVar("Success")
-
-_NULL = Raw(b"null")
 
 
 class UnreadableReply(InternalError):
@@ -22,32 +17,7 @@ class UnreadableReply(InternalError):
     retryable = False
 
 
-class Details(RunDetails, frozen=True, kw_only=True):
-    """A run as it is read. msgspec can write `Raw | None`, but not read it: null is read as Raw first."""
-
-    payload: Raw
-    metadata: Raw
-    idempotency_key_options: Raw
-    trace_context: Raw
-    error: Raw
-
-    def __post_init__(self) -> None:
-        for name in Details.__annotations__:
-            if getattr(self, name) == _NULL:
-                force_setattr(self, name, None)
-
-
-class DetailsReply(RunDetailsReply, frozen=True, kw_only=True, tag_field="type", tag="run_details"):
-    run: Details
-
-
-class ListReply(RunListReply, frozen=True, kw_only=True, tag_field="type", tag="run_list"):
-    runs: list[Details]  # type: ignore[assignment]
-
-
-_decoder: "msgspec.json.Decoder[RunReply | DetailsReply | ListReply | KeyResetReply | ErrorReply]" = (
-    msgspec.json.Decoder(RunReply | DetailsReply | ListReply | KeyResetReply | ErrorReply)
-)
+_decoder: "msgspec.json.Decoder[Reply]" = msgspec.json.Decoder(Reply)
 
 
 def read_reply(message: bytes, expected: type[Success]) -> Success:

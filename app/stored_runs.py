@@ -65,10 +65,10 @@ class PostgresStoredRuns:
             )
         return [stored_run(record) for record in records]
 
-    async def reset_key(self, tenancy: Tenancy, task: str, key: str) -> str | None:
+    async def reset_key(self, tenancy: Tenancy, task: str, key: str, until: datetime | None) -> str | None:
         """See `scene.StoredKeys.reset_key`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            run_id: str | None = await connection.fetchval(statement("reset_key"), *tenancy, task, key)
+            run_id: str | None = await connection.fetchval(statement("reset_key"), *tenancy, task, key, until)
         return run_id
 
 

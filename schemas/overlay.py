@@ -4,9 +4,9 @@ Like a snapshot it is stored by one version of this program and read by another:
 added, each with a default that means no change.
 """
 
-from datetime import datetime
-
 import msgspec
+
+from schemas.requests import Instant
 
 
 class Overlay(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
@@ -17,10 +17,10 @@ class Overlay(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     """
 
     revision: int
-    changed_at: datetime | None = None
-    cancelled_at: datetime | None = None
+    changed_at: Instant | None = None
+    cancelled_at: Instant | None = None
     cancel_reason: str | None = None
-    delay_until: datetime | None = None
+    delay_until: Instant | None = None
     tags: tuple[str, ...] | None = None
     metadata: bytes | None = None
     metadata_version: int = 1

@@ -6,9 +6,13 @@ from msgspec import Raw, Struct
 
 from schemas.operations import Status
 
+NOTHING = Raw(b"null")
+"""A free-form field without a value."""
+
 
 class RunDetails(Struct, frozen=True, kw_only=True):
-    """Every column of `mollifier.runs`; payload and metadata as the JSON that they are.
+    """Every column of `mollifier.runs`. Free-form fields are the JSON that they are, `NOTHING` where there is
+    none: msgspec can write `Raw | None`, but not read it.
 
     Only `is_buffered`, `materialised_at` and `updated_at` change when a buffered run becomes a row.
     """
@@ -21,14 +25,14 @@ class RunDetails(Struct, frozen=True, kw_only=True):
     environment_type: str
     task: str
     status: Status
-    payload: Raw | None
+    payload: Raw
     payload_type: str
-    metadata: Raw | None
+    metadata: Raw
     metadata_version: int
     tags: list[str]
     idempotency_key: str | None
     idempotency_key_expires_at: datetime | None
-    idempotency_key_options: Raw | None
+    idempotency_key_options: Raw
     delay_until: datetime | None
     ttl_seconds: int | None
     expires_at: datetime | None
@@ -54,10 +58,10 @@ class RunDetails(Struct, frozen=True, kw_only=True):
     trace_id: str
     span_id: str
     parent_span_id: str | None
-    trace_context: Raw | None
+    trace_context: Raw
     cancelled_at: datetime | None
     cancel_reason: str | None
-    error: Raw | None
+    error: Raw
     created_at: datetime
     buffered_at: datetime | None
     materialised_at: datetime | None

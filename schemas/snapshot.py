@@ -6,9 +6,9 @@ with a default that never changes (a field at its default is left out); unknown 
 holds no secrets.
 """
 
-from datetime import datetime
-
 import msgspec
+
+from schemas.requests import Instant
 
 SCHEMA_VERSION = 1
 
@@ -33,11 +33,11 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     metadata: bytes | None = None
     tags: tuple[str, ...] = ()
     idempotency_key: str | None = None
-    idempotency_key_expires_at: datetime | None = None
+    idempotency_key_expires_at: Instant | None = None
     idempotency_key_options: bytes | None = None
-    delay_until: datetime | None = None
+    delay_until: Instant | None = None
     ttl_seconds: int | None = None
-    expires_at: datetime | None = None
+    expires_at: Instant | None = None
     queue: str | None = None
     concurrency_key: str | None = None
     worker_queue: str | None = None
@@ -55,15 +55,15 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc
     batch_index: int | None = None
     debounce_key: str | None = None
     debounce_mode: str = "trailing"
-    debounce_until: datetime | None = None
+    debounce_until: Instant | None = None
     one_time_use_token: str | None = None
     replayed_from_run_id: str | None = None
     trace_id: str
     span_id: str
     parent_span_id: str | None = None
     trace_context: bytes | None = None
-    created_at: datetime
-    buffered_at: datetime | None = None
+    created_at: Instant
+    buffered_at: Instant | None = None
 
 
 encode_snapshot = msgspec.msgpack.Encoder().encode

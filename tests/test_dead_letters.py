@@ -268,7 +268,7 @@ class TestRequeueingRuns:
                 msgspec.msgpack.encode(
                     {**msgspec.structs.asdict(keyed()), "idempotency_key_expires_at": "2026-01-01T00:00:00"}
                 ),
-                "can't compare",
+                "its snapshot cannot be read: Expected `datetime` with a timezone",
             ),
             (encode_snapshot(a_run("env_2")), "its snapshot is of a run that does not belong"),
         ],

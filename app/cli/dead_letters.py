@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from app.cli.legible import ago, printable
+
 if TYPE_CHECKING:
     from app.dead_letters import DeadLetters, Letter, Selection
 
 _ID = re.compile(r"(\d{1,20})-(\d{1,20})", re.ASCII)
 _LARGEST = 2**64 - 1
 _DETAIL = 100
-_UNITS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
 
 def _letter_id(text: str) -> str:
@@ -185,7 +186,7 @@ async def _list(selection: "Selection", limit: int, as_json: bool) -> None:
                 if as_json:
                     _print_json(_head(letter))
                 else:
-                    shown.append((letter, _age(span.now_ms - letter.ms)))
+                    shown.append((letter, ago(span.now_ms - letter.ms)))
             count += len(page)
     if shown:
         _print_table(shown)
@@ -230,7 +231,7 @@ async def _handle(
                         handled += 1
                     else:
                         unhandled += 1
-                        print(f"mollifier: {one}: {_printable(trouble)}", file=sys.stderr)
+                        print(f"mollifier: {one}: {printable(trouble)}", file=sys.stderr)
         finally:
             print(f"{done} {_letters(handled)}")
     return 1 if unhandled else 0
@@ -272,19 +273,19 @@ def _print_table(shown: Sequence[tuple["Letter", str]]) -> None:
     table.add_column("detail", overflow="fold", style="dim")
     for letter, age in shown:
         cells = (letter.dead_letter_id, age, letter.source, letter.reason, _shortened(letter.detail or ""))
-        table.add_row(*(Text(_printable(cell or "?")) for cell in cells))
+        table.add_row(*(Text(printable(cell or "?")) for cell in cells))
     Console(highlight=False).print(table)
 
 
 def _print_letter(letter: "Letter") -> None:
     for field, said in _head(letter).items():
-        print(f"{field.replace('_', ' '):14}  {'?' if said is None else _printable(str(said))}")
+        print(f"{field.replace('_', ' '):14}  {'?' if said is None else printable(str(said))}")
     for name, value in letter.original:
         text = _text(value)
         kind = "bytes, escaped" if text is None else "text"
         print(f"\n{_legible(name)}  ({kind}; {len(value):,} bytes)")
         for line in (_legible(value) if text is None else text).split("\n"):
-            print(f"  {_printable(line)}")
+            print(f"  {printable(line)}")
 
 
 def _spelled(value: bytes) -> dict[str, str]:
@@ -305,23 +306,11 @@ def _text(value: bytes) -> str | None:
 def _legible(value: bytes) -> str:
     """Bytes for people: UTF-8, or else each byte that is not ASCII as an escape."""
     text = _text(value)
-    return _printable(value.decode("ascii", "backslashreplace") if text is None else text)
-
-
-def _printable(text: str) -> str:
-    """Text that does nothing to a terminal, whatever a producer wrote: the unprintable is escaped."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return printable(value.decode("ascii", "backslashreplace") if text is None else text)
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _DETAIL else f"{text[: _DETAIL - 1]}…"
-
-
-def _age(ms: int) -> str:
-    """How long ago, in its largest unit."""
-    seconds = max(0, ms // 1000)
-    unit, length = next((one for one in _UNITS.items() if seconds >= one[1]), ("s", 1))
-    return f"{seconds // length}{unit}"
 
 
 def _letters(count: int) -> str:

@@ -20,7 +20,7 @@ from app.cli.calls import (
     print_json,
     print_reply,
 )
-from app.cli.dead_letters import _age, _printable
+from app.cli.legible import ago, printable
 
 if TYPE_CHECKING:
     from app.client import Mollifier
@@ -194,15 +194,17 @@ def _print_run(run: "RunDetails", fields: Sequence[str], as_json: bool) -> None:
     width = max(map(len, shown))
     for field, text in shown.items():
         if text:
-            print(f"{field.replace('_', ' '):{width}}  {_printable(text)}")
+            print(f"{field.replace('_', ' '):{width}}  {printable(text)}")
 
 
 def _text(value: object) -> str:
     """A field for people; empty, if it has nothing to say."""
     from msgspec import Raw
 
+    from schemas.run import NOTHING
+
     if isinstance(value, Raw):
-        return bytes(value).decode()
+        return "" if value == NOTHING else bytes(value).decode()
     if isinstance(value, list):
         return ", ".join(value)
     if isinstance(value, bool):
@@ -227,8 +229,8 @@ def _print_table(found: "Sequence[RunDetails]") -> None:
     table.add_column("tags", overflow="fold", style="dim")
     now = datetime.now(UTC)
     for run in found:
-        age = _age((now - run.created_at) // timedelta(milliseconds=1))
+        age = ago((now - run.created_at) // timedelta(milliseconds=1))
         buffered = "yes" if run.is_buffered else "no"
         cells = (run.friendly_id, age, run.status, buffered, run.task, ", ".join(run.tags))
-        table.add_row(*(Text(_printable(cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     Console(highlight=False).print(table)

@@ -11,6 +11,7 @@ from app.batch import Shown
 from app.details import details
 from app.errors import InvalidRequest
 from app.operations.scene import Filter, Position, Scene, Turn
+from app.run_ids import friendly, parse_friendly
 from app.runs import Found
 from schemas.operations import List
 from schemas.replies import RunListReply
@@ -26,8 +27,8 @@ async def list_runs(scene: Scene, turn: Turn) -> Shown:
         status=request.status,
         task=request.task,
         tag=request.tag,
-        since=request.since,
-        until=request.until,
+        since=_in_utc("since", request.since),
+        until=_in_utc("until", request.until),
     )
     found: dict[str, Found] = {
         one.row.run.id: one for one in await scene.buffered.newest(turn.tenancy, wanted, turn.now)
@@ -57,6 +58,14 @@ def _position(cursor: str) -> Position:
     try:
         text = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
         microseconds, _, run_id = text.partition(":")
+        parse_friendly(friendly(run_id))
         return Position(_EPOCH + timedelta(microseconds=int(microseconds)), run_id)
     except (ValueError, OverflowError):
         raise InvalidRequest("cursor: not one that a list was answered with") from None
+
+
+def _in_utc(field: str, instant: datetime | None) -> datetime | None:
+    try:
+        return None if instant is None else instant.astimezone(UTC)
+    except OverflowError:
+        raise InvalidRequest(f"{field}: before the year 1 or after the year 9999") from None

@@ -60,7 +60,12 @@ def _request(row: Row, request: Replay, run_id: str) -> TriggerRequest:
             lock_to_version=run.locked_to_version,
             test=run.is_test,
             tags=list(run.tags),
-            metadata=Raw(run.metadata) if run.metadata is not None else UNSET,
+            metadata=UNSET if run.metadata is None else Raw(_compact(run.metadata)),
             replayed_from_run_id=friendly(run.id),
         ),
     )
+
+
+def _compact(json: bytes) -> bytes:
+    """JSON without the spaces that Postgres' jsonb puts in, which could take it over the limit."""
+    return msgspec.json.format(json, indent=-1)

@@ -64,8 +64,8 @@ class KeyHolders(Protocol):
 
 
 class StoredKeys(Protocol):
-    async def reset_key(self, tenancy: Tenancy, task: str, key: str) -> str | None:
-        """Take an idempotency key off the row that has it; the row's id.
+    async def reset_key(self, tenancy: Tenancy, task: str, key: str, until: datetime | None) -> str | None:
+        """Take an idempotency key off the row that has it, if it was requested by then; the row's id.
 
         Raises:
             StoreUnavailable: Postgres cannot be written.

@@ -19,9 +19,9 @@ WITH debounced AS (
     ON CONFLICT (mollifier.key_digest(organization_id, environment_id, task, debounce_key))
         WHERE debounce_key IS NOT NULL AND status = 'DELAYED'
     DO UPDATE SET
-        delay_until = least(
-            greatest(run.delay_until, ($4::timestamptz[])[array_position($3::text[], EXCLUDED.id)]),
-            run.debounce_until
+        delay_until = greatest(
+            run.delay_until,
+            least(($4::timestamptz[])[array_position($3::text[], EXCLUDED.id)], run.debounce_until)
         ),
         (payload, payload_type, debounced_at) = (
             SELECT payload, payload_type, debounced_at
