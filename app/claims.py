@@ -42,7 +42,7 @@ class RedisClaims:
             for position in positions:
                 run = runs[position]
                 names = self._keys.environment(run.environment_id)
-                keys += (self._keys.claim(run), names.entries, names.index)
+                keys += (self._keys.claim(run), names.entries, names.index, names.drain)
                 arguments += (run.id, tokens[position], self._life_ms(run, now))
             calls.append(Call("claim", keys, arguments))
         claims: list[Claim] = [Claim("pending")] * len(runs)
@@ -59,7 +59,7 @@ class RedisClaims:
             keys: list[str] = []
             for position in positions:
                 names = self._keys.environment(runs[position].environment_id)
-                keys += (self._keys.claim(runs[position]), names.entries, names.index)
+                keys += (self._keys.claim(runs[position]), names.entries, names.index, names.drain)
             calls.append(Call("find_winners", keys, []))
         winners: list[Snapshot | None] = [None] * len(runs)
         for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):

@@ -88,7 +88,8 @@ class PostgresStore:
                 ]
             if winners or not is_copied:
                 await _reconcile(connection, rows, results)
-            ended = [row.run.id for row in rows if row.is_final]
+            done = zip(rows, results, strict=True)
+            ended = [row.run.id for row, result in done if row.is_final and result.result != "refused"]
             if ended:
                 await connection.execute(statement("complete_waitpoints"), ended)
         return results

@@ -52,6 +52,19 @@ async def test_the_first_claims_and_the_others_wait(claims: RedisClaims) -> None
     assert results[1].expected is None, "a token is never shown to others"
 
 
+async def test_g4_a_winner_that_is_a_row_is_for_postgres_to_tell(
+    claims: RedisClaims, make_buffer: Callable[..., RedisBuffer], make_turns: Callable[..., RedisTurns]
+) -> None:
+    winner, second, third = keyed(), keyed(), keyed()
+    await make_buffer().accept([winner], await claim(claims, winner))
+    turns = make_turns()
+    await turns.settle(await turns.take(1), [winner])
+    (held,) = await claim(claims, second)
+    await claims.settle([Settlement(second, token(held), winner.id)], NOW)
+    assert await claim(claims, third) == [Claim("taken", expected=winner.id)], "it may have failed by now"
+    assert await claims.find_winners([third]) == [None]
+
+
 async def test_a_buffered_winner_is_found_without_claiming(
     claims: RedisClaims, make_buffer: Callable[..., RedisBuffer], client: Redis
 ) -> None:

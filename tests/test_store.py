@@ -231,6 +231,14 @@ async def test_who_waits_for_an_id_that_becomes_an_alias_waits_for_the_winner(
     }
 
 
+async def test_g7_a_refused_run_does_not_end_the_wait_for_anothers(store: PostgresStore, pool: Pool) -> None:
+    child = run(parent_run_id="parent", resume_parent_on_completion=True)
+    await store.insert([child], NOW)
+    (result,) = await store.materialise([Row(run("env_2", id=child.id), "SYSTEM_FAILURE")], NOW)
+    assert result.result == "refused"
+    assert await waitpoints(pool) == {(child.id, "parent", "env_1", "PENDING")}
+
+
 async def waitpoints(pool: Pool) -> set[tuple[Any, ...]]:
     rows = await pool.fetch(
         "SELECT child_run_id, parent_run_id, environment_id, status FROM mollifier.waitpoints"
