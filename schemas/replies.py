@@ -75,7 +75,7 @@ class RunListReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="run
 
 
 class KeyResetReply(Struct, frozen=True, kw_only=True, tag_field="type", tag="idempotency_key_reset"):
-    """The key is free. `run_id` is the run that had it last."""
+    """The key is free. `run_id` is the run that had it; None where an earlier attempt may have freed it."""
 
     correlation_id: str | None
     task: str

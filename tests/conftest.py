@@ -23,6 +23,8 @@ TEMPLATE = "migrated"
 
 _numbers = count(1)
 
+pytest.register_assert_rewrite("tests.crash_scenes")
+
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("mollifier", deadline=None)
 settings.load_profile("mollifier")

@@ -4,18 +4,12 @@ One Redis and one database serve the module; each fleet of drainers has a namesp
 """
 
 import asyncio
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -31,7 +25,9 @@ from app.redis_client import Scripts, connect
 from app.settings import Settings
 from schemas.snapshot import Snapshot, encode_snapshot
 from tests.adapters import Pool
-from tests.processes import ROOT, Worker, Workers
+from tests.crash_points import Crash
+from tests.crashing import Nursery
+from tests.processes import Worker, Workers
 from tests.producer import new_environment
 from tests.test_drain import MEDDLING, ids, new_runs
 from tests.waiting import eventually, stays_so
@@ -175,81 +171,18 @@ async def unmeddled(pool: Pool) -> AsyncIterator[None]:
         await pool.execute("ALTER TABLE mollifier.runs ENABLE TRIGGER meddle")
 
 
-class Crash(NamedTuple):
-    """The point at which a drainer is killed: before or after the nth call of a step."""
-
-    when: str
-    step: str
-    call: int
-
-    def __str__(self) -> str:
-        return f"{self.when}-{self.step}-{self.call}"
-
-
-class Nursery:
-    """Drainers that are killed at a step of their own, see `crashing_drainer.py`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("MOLLIFIER_", "PYTEST_"))
-        }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crashing_drainer"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._answer() == "ready"
-
-    def start(self, fleet: Fleet, crash: Crash | None, **settings: object) -> int:
-        """A drainer, one that will crash or not; its process id."""
-        variables = {f"MOLLIFIER_{name.upper()}": str(value) for name, value in settings.items()}
-        variables |= {
-            "MOLLIFIER_NAMESPACE": fleet.namespace,
-            "REDIS_URL": fleet.redis_url,
-            "DATABASE_URL": fleet.database_url,
-            "PORT": "0",
-        }
-        log = self._folder / f"{fleet.namespace}-{crash or 'survivor'}.log"
-        order = {"settings": variables, "log": str(log), "crash": crash}
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        return int(self._answer())
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def close(self) -> None:
-        """End all of them."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-async def is_gone(pid: int) -> None:
-    """Asserts that there is no such process."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        raise AssertionError(f"{pid} still runs")
-
-
 CRASHES = [
-    Crash(when, step, call)
-    for step, call in (
+    Crash(when, point, call)
+    for point, call in (
         ("take", 1),
-        ("write", 1),
-        ("write", 2),  # of the failure's row
-        ("bury", 1),
-        ("settle", 1),
+        ("materialise", 1),
+        ("materialise", 2),  # of the failure's row
+        ("bury-letters", 1),
+        ("settle-entries", 1),
         ("release", 1),
         ("take", 2),  # which reports on the first batch
-        ("write", 3),
-        ("settle", 3),  # of the last batch
+        ("materialise", 3),
+        ("settle-entries", 3),  # of the last batch
     )
     for when in ("before", "after")
 ]
@@ -272,20 +205,24 @@ class Aftermath(NamedTuple):
 
 @pytest.fixture(scope="module")
 async def aftermaths(
-    make_fleet: Callable[[str], Fleet], shared_client: Any, tmp_path_factory: pytest.TempPathFactory
+    make_fleet: Callable[[str], Fleet],
+    shared_client: Any,
+    shared_redis_url: str,
+    meddled_url: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[Crash, Aftermath]:
     """All crashes, a few at a time, each in its namespace: one environment, 30 entries, three batches."""
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    settings = {"drain_batch_size": 10, "heartbeat_ttl_ms": TTL_MS, "ack_grace_ttl_s": 60}
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"), shared_redis_url, meddled_url)
+    settings: dict[str, Any] = {"drain_batch_size": 10, "heartbeat_ttl_ms": TTL_MS, "ack_grace_ttl_s": 60}
     few = asyncio.Semaphore(6)
 
     async def drain(fleet: Fleet) -> float:
         """Have a new drainer do all there is; how long that took, its start included."""
         started = time.monotonic()
-        pid = nursery.start(fleet, None, **settings)
+        survivor = nursery.start("drainer", namespace=fleet.namespace, **settings)
         with suppress(AssertionError):
             await eventually(fleet.is_at_rest)
-        os.kill(pid, signal.SIGKILL)
+        survivor.kill()
         return time.monotonic() - started
 
     async def drain_without_a_crash() -> float:
@@ -295,7 +232,7 @@ async def aftermaths(
             return await drain(fleet)
 
     async def crash_and_recover(crash: Crash) -> Aftermath:
-        fleet, environment = make_fleet(str(crash)), new_environment()
+        fleet, environment = make_fleet(str(crash).replace(" ", "-")), new_environment()
         refused, impossible = (
             new_runs(environment, 1, task=task, batch_id="batch_1")[0] for task in ("refused", "impossible")
         )
@@ -305,8 +242,7 @@ async def aftermaths(
         await fleet.accept_all([*good[:3], refused, *good[3:6], impossible, *good[6:]])
         poison = await fleet.append(environment, {"run_id": "poison", "snapshot": b"\xc1"})
         async with few:
-            pid = nursery.start(fleet, crash, **settings)
-            await eventually(lambda: is_gone(pid), within_s=20)
+            await nursery.start("drainer", crash, namespace=fleet.namespace, **settings).crashed()
             took_s = await drain(fleet)
         rows = {row["id"]: row for row in await fleet.rows(environment)}
         letters = [fields for _, fields in await shared_client.xrange(fleet.keys.dead_letters)]

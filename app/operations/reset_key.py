@@ -31,7 +31,7 @@ async def reset_key(scene: Scene, turn: Turn) -> Shown:
         raise BufferUnavailable from error
     in_store = await scene.keys.reset_key(turn.tenancy, request.task, request.idempotency_key, until)
     in_buffer = None if holder is None else await _reset_in_buffer(scene, turn, named, holder, until)
-    if in_buffer is None and in_store is None:
+    if in_buffer is None and in_store is None and not turn.item.is_redelivered:
         raise RunNotFound("idempotency_key: no run of this environment has this key")
     return KeyResetReply(
         correlation_id=None,
