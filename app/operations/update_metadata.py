@@ -34,7 +34,7 @@ async def update_metadata(scene: Scene, turn: Turn) -> Shown:
 def _own_change(request: UpdateMetadata, most_bytes: int) -> changes.Change:
     if request.operations:
         return changes.change_metadata(request.operations, most_bytes)
-    if not isinstance(request.metadata, msgspec.UnsetType):
+    if request.operations is None and not isinstance(request.metadata, msgspec.UnsetType):
         return changes.replace_metadata(check_metadata("metadata", bytes(request.metadata), most_bytes))
     if request.parent_operations or request.root_operations:
         return changes.note
