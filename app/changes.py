@@ -22,7 +22,8 @@ _encode = msgspec.json.Encoder(decimal_format="number").encode
 
 Change = Callable[[Row], Row]
 
-_REMEMBERED = 64
+_REMEMBERED = 500
+"""Operations that a run remembers: as many as a batch has, for all of one may be handed out again."""
 
 
 def once(change: Change, operation_id: str) -> Change:

@@ -975,10 +975,7 @@ class TestHandedOutAgain:
         "count",
         [
             1,
-            64,
-            pytest.param(
-                100, marks=pytest.mark.xfail(strict=True, reason="one run remembers 64 of a batch of 500")
-            ),
+            100,
         ],
     )
     async def test_a_batch_that_was_never_answered(
