@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check chaos fmt clean
+.PHONY: help setup demo dev test check chaos fuzz fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ check: .venv/.ready ## Check format, lint, imports and types, then run the tests
 
 chaos: .venv/.ready ## A storm with faults of SECONDS (600), seeded by SEED (1)
 	@$(BIN)/python -m tests.chaos.run --seed $(or $(SEED),1) --seconds $(or $(SECONDS),600)
+
+fuzz: .venv/.ready ## COUNT (100000) hostile requests, seeded by SEED (1)
+	@$(BIN)/python -m tests.fuzz.run --seed $(or $(SEED),1) --count $(or $(COUNT),100000)
 
 fmt: .venv/.ready ## Format the code and repair what ruff can
 	@$(BIN)/ruff format .

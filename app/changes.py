@@ -120,8 +120,8 @@ def change_metadata(operations: Sequence[AnyMetadataOperation], most_bytes: int)
         _refuse_final(row)
         if not operations:
             return row
-        before = {} if row.run.metadata is None else _decode(row.run.metadata)
         try:
+            before = {} if row.run.metadata is None else _decode(row.run.metadata)
             metadata = _encode(apply(before, operations))
         except (OverflowError, RecursionError) as error:
             raise InvalidRequest(f"operations: what they come to cannot be written: {error}") from None

@@ -14,6 +14,7 @@ from schemas.operations import OperationRequest
 from schemas.requests import TriggerRequest
 
 _OTHER_FIELDS_BYTES = 131_072
+_LONGEST_PATH, _LONGEST_WORDS = 200, 300
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"^Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
 _MISTAKE = {"contains unknown": "unknown field", "missing required": "required"}
@@ -85,6 +86,8 @@ def decode_body(body: bytes, longest: int, decoder: "msgspec.json.Decoder[Reques
         if not body.isascii():
             body.decode()
         request = decoder.decode(body)
+        if b"\\u0000" in body:
+            _refuse_nul(request, "")
     except msgspec.ValidationError as error:
         raise InvalidRequest(_explain(str(error))) from None
     except msgspec.DecodeError as error:
@@ -93,29 +96,34 @@ def decode_body(body: bytes, longest: int, decoder: "msgspec.json.Decoder[Reques
         raise Undecodable("body: nested too deeply") from None
     except (UnicodeError, OverflowError, ValueError) as error:
         raise Undecodable(f"body: not JSON: {error}") from None
-    if b"\\u0000" in body:
-        _refuse_nul(request, "")
     return request
 
 
 def _explain(message: str) -> str:
-    """msgspec's sentence, turned so that the field comes first: `options.delay: Expected ...`."""
+    """msgspec's sentence, turned so that the field comes first: `options.delay: Expected ...`.
+
+    Both may repeat what the request holds, so both are cut.
+    """
     match = _PATH.match(message)
     what, path = (match["what"], match["path"] or "") if match else (message, "")
     field = _FIELD.match(what)
     if field:
         path = f"{path}.{field['name']}" if path else field["name"]
         what = _MISTAKE[field["how"]]
-    return f"{path or 'body'}: {what}"
+    return f"{path[:_LONGEST_PATH] or 'body'}: {what[:_LONGEST_WORDS]}"
 
 
 def _refuse_nul(value: object, path: str) -> None:
     if isinstance(value, str):
         if "\0" in value:
-            raise InvalidRequest(f"{path}: contains a NUL character")
+            raise InvalidRequest(f"{path[:_LONGEST_PATH]}: contains a NUL character")
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
             _refuse_nul(getattr(value, name), f"{path}.{name}" if path else name)
     elif isinstance(value, list):
         for index, element in enumerate(value):
             _refuse_nul(element, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for name, element in value.items():
+            _refuse_nul(name, path)
+            _refuse_nul(element, path)

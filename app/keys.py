@@ -94,11 +94,15 @@ class Keys:
         self.turns = f"{namespace}:{{turns}}"
         self.claims = f"{namespace}:{{*}}:claim:*"
         """What all claims match; no character that a namespace may have means anything in a pattern."""
-        self.environment = lru_cache(maxsize=65_536)(self._environment)
+        self._remembered = lru_cache(maxsize=8_192)(self._environment)
 
     def partition(self, text: str) -> int:
         """The partition of an environment id (or, for `chosen`, of a run id)."""
         return crc32(text.encode()) % self.partitions
+
+    def environment(self, environment_id: str) -> EnvironmentKeys:
+        """The keys of an environment. Those with long names are not remembered: anybody can make up many."""
+        return (self._remembered if len(environment_id) <= 128 else self._environment)(environment_id)
 
     def _environment(self, environment_id: str) -> EnvironmentKeys:
         partition = self.partition(environment_id)

@@ -7,6 +7,7 @@ asks for the same run. DESIGN section 5.
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import TypeVar
 
 import msgspec
@@ -27,6 +28,10 @@ _LATEST_MS = 253_402_300_799_000 - 20 * 366 * 86_400_000
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
 )
+_FINEST = 16_383
+"""Digits behind the point that a number may have in jsonb."""
+
+_PERHAPS_TOO_FINE = re.compile(rb"[eE]-0*[1-9]\d{2}|\.\d{16000}")
 _NUL_ESCAPE = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 
 Value = TypeVar("Value")
@@ -152,7 +157,24 @@ def check_metadata(field: str, metadata: bytes, most_bytes: int) -> bytes:
         orjson.loads(metadata)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"{field}: {error}") from None
+    if _PERHAPS_TOO_FINE.search(metadata):
+        try:
+            _read_numbers(metadata)
+        except (ValueError, RecursionError):
+            raise InvalidRequest(f"{field}: a number has more than {_FINEST} decimals") from None
     return metadata
+
+
+def _refuse_too_fine(number: str) -> None:
+    try:
+        exponent = Decimal(number).as_tuple().exponent
+    except ArithmeticError as error:
+        raise ValueError(number) from error
+    if not isinstance(exponent, int) or -exponent > _FINEST:
+        raise ValueError(number)
+
+
+_read_numbers = msgspec.json.Decoder(float_hook=_refuse_too_fine).decode
 
 
 def _delay(options: Options, created_at: datetime) -> tuple[datetime | None, datetime | None]:

@@ -34,6 +34,13 @@ def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], uvloop.Loop]]:
     return {"uvloop": uvloop.new_event_loop}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what talks to a Redis: it is run on every server that is supported (`.ci/run`)."""
+    for item in items:
+        if {"valkey", "own_valkey"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("redis")
+
+
 @pytest.fixture(scope="session")
 def server_dir() -> Iterator[Path]:
     """Where the servers live. Not under pytest's own folder: as root, the next run that starts closes that

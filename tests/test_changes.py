@@ -337,12 +337,12 @@ class TestOnce:
         assert after.revision == len(first_ones)
         assert list(after.applied) == [f"{number}-0" for number in first_ones]
 
-    def test_the_last_64_are_remembered(self) -> None:
+    def test_the_last_500_are_remembered(self) -> None:
         after = row()
-        for number in range(100):
+        for number in range(520):
             after = changes.once(append(number), f"{number}-0")(after)
-        assert after.applied == tuple(f"{number}-0" for number in range(36, 100))
-        for number in range(36, 100):
+        assert after.applied == tuple(f"{number}-0" for number in range(20, 520))
+        for number in range(20, 520):
             assert changes.once(append(number), f"{number}-0")(after) is after
 
     def test_what_changes_nothing_is_not_remembered(self) -> None:
@@ -449,3 +449,10 @@ class TestNote:
     def test_one_that_comes_too_late_is_refused(self, status: Any) -> None:
         with pytest.raises(RunFinished):
             changes.once(changes.note, "1-1")(row(status))
+
+
+def test_metadata_that_are_nested_too_deeply_are_refused_as_such() -> None:
+    nested = b'{"a": ' + b"[" * 1_000 + b"]" * 1_000 + b"}"
+    change = changes.change_metadata(operations({"type": "set", "key": "b", "value": 1}), 10_000)
+    with pytest.raises(InvalidRequest, match=r"^operations: "):
+        change(row(metadata=nested))

@@ -22,6 +22,8 @@ from tests.processes import Workers
 from tests.producer import new_environment, producing, request
 from tests.waiting import eventually, fetch, runs_of, stays_so
 
+pytestmark = pytest.mark.one_redis
+
 COMMAND = [sys.executable, "-m", "app.cli"]
 NOBODY = "127.0.0.1:1"
 MARK = re.compile(r"\x1b|\r")

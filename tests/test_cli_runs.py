@@ -11,6 +11,8 @@ from tests.processes import TRIPS_AT_TWO, Stage, Workers, staged
 from tests.producer import new_environment, request
 from tests.test_cli import NOBODY, run
 
+pytestmark = pytest.mark.one_redis
+
 Done = CompletedProcess[str]
 
 

@@ -426,6 +426,7 @@ async def _all(letters: DeadLetters, ids: list[str]) -> list[str]:
     return ids
 
 
+@pytest.mark.one_redis
 class TestTheCommand:
     async def test_list(self, client: Redis, redis_url: str) -> None:
         servers = {"REDIS_URL": redis_url}

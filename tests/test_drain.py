@@ -787,6 +787,7 @@ async def locked(postgres: Postgres, pool: Pool) -> AsyncIterator[None]:
 Trouble = Callable[[Postgres, Pool], AbstractAsyncContextManager[None]]
 
 
+@pytest.mark.one_redis
 class TestG2TroubleOfPostgres:
     @pytest.mark.parametrize("trouble", [killed, stopped, frozen, full, exhausted, locked])
     async def test_puts_the_batch_back_until_it_is_over(

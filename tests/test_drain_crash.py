@@ -412,6 +412,7 @@ async def paused(pool: Pool) -> AsyncIterator[None]:
         await pool.execute(query, "false")
 
 
+@pytest.mark.one_redis
 class TestOneDrainer:
     async def test_an_idle_drainer_wakes_at_once(self, fleet: Fleet) -> None:
         """From acceptance to the row, for runs that come one by one."""

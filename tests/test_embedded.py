@@ -46,6 +46,7 @@ def is_gone(pid: int) -> bool:
         return True
 
 
+@pytest.mark.redis
 class TestValkey:
     def test_answers_once_started(self, own_valkey: Valkey) -> None:
         with Redis.from_url(own_valkey.url) as client:
@@ -111,6 +112,18 @@ class TestValkey:
     def test_refuses_data_that_another_server_has_open(self, own_valkey: Valkey) -> None:
         with pytest.raises(EmbeddedServerError, match="already running"):
             Valkey(own_valkey.data_dir).start()
+
+    def test_a_binary_keeps_the_name_of_the_link_to_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Debian's redis-server is a link, to a program that does what its name says."""
+        program, link = tmp_path / "program", tmp_path / "redis-server"
+        program.write_text("#!/bin/sh\necho I am $0\n")
+        program.chmod(0o755)
+        link.symlink_to(program)
+        monkeypatch.setenv("REDIS_SERVER", str(link))
+        with pytest.raises(EmbeddedServerError, match=r"I am .*/redis-server"):
+            Valkey(tmp_path / "server").start()
 
     def test_another_binary_can_be_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("REDIS_SERVER", str(tmp_path / "nowhere"))

@@ -285,6 +285,7 @@ class TestRedis:
 BYPASS = {"one_time_use_token": "a token of this test"}
 
 
+@pytest.mark.one_redis
 class TestPostgres:
     @pytest.mark.parametrize("outage", ["killed", "paused"])
     async def test_is_away_and_comes_back(
@@ -372,6 +373,10 @@ class TestDurability:
         self, workers: Workers, redis_url: str, database_url: str
     ) -> None:
         """With WAITAOF, on a server that never syncs until it is told to."""
+        redis: Any
+        async with Redis.from_url(redis_url) as redis:
+            if not await redis.execute_command("COMMAND LIST", "FILTERBY", "PATTERN", "waitaof"):
+                pytest.skip("this server has no WAITAOF: it came with Redis 7.2")
         settings = {"buffer_wait_aof": 1, "max_deliveries": 2, **TRIPS_AT_TWO}
         environment = new_environment()
         async with staged(workers, "triggers drainer", redis_url, database_url, **settings) as stage:
@@ -412,6 +417,7 @@ class TestDurability:
         assert {row["id"] for row in rows} == {reply["run"]["id"] for reply in replies}
 
 
+@pytest.mark.redis
 class TestCluster:
     async def test_one_node_takes_the_whole_way(
         self, workers: Workers, database_url: str, tmp_path: Path
@@ -448,6 +454,7 @@ class TestCluster:
         assert await producer.redis.keys("*:entries:*") == []
 
 
+@pytest.mark.one_redis
 class TestStorm:
     async def test_every_request_is_a_run_whatever_breaks_meanwhile(
         self, workers: Workers, redis_url: str, database_url: str, valkey: Valkey, postgres: Postgres
@@ -516,7 +523,7 @@ async def test_a_group_that_the_reader_creates_starts_at_the_beginning(redis_url
 
         async def is_read() -> None:
             (group,) = await redis.xinfo_groups(TRIGGERS)
-            assert group["entries-read"] == 1
+            assert (group["entries-read"], group["pending"]) == (1, 0)
 
         await eventually(is_read)
     finally:

@@ -546,6 +546,7 @@ class TestG12PoisonIsSetAside:
         assert letter["snapshot"] == b"\xc1 no snapshot"
 
 
+@pytest.mark.one_redis
 class TestG13CleanExit:
     async def test_sigterm_under_load(self, stage: Stage, shared_workers: Workers) -> None:
         """A trigger worker and a drainer leave in the middle; their siblings answer and drain the rest."""

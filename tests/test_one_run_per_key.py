@@ -490,6 +490,7 @@ CRASHES = {
 }
 
 
+@pytest.mark.one_redis
 class TestCrashes:
     TAKEOVER: ClassVar[Mapping[str, object]] = {"heartbeat_ttl_ms": 600, "claim_wait_ms": 20_000, **ROOMY}
     """Another worker takes over within a second or so; a claim would live for half a minute."""
@@ -711,6 +712,7 @@ async def pair(stage: Stage, shared_workers: Workers) -> AsyncIterator[Pair]:
             worker.kill()
 
 
+@pytest.mark.one_redis
 class TestHangs:
     @pytest.mark.parametrize(
         ("path", "where", "step"),

@@ -338,7 +338,8 @@ class TestConsumers:
         await client.xgroup_create(self.STREAM, KEYS.group, id="0", mkstream=True)
         await client.xadd(self.STREAM, {"body": "{}"})
         await self.read(client, "busy")
-        await self.read(client, "idle")
+        # Redis 7.0 makes no consumer that reads and finds nothing.
+        await client.xgroup_createconsumer(self.STREAM, KEYS.group, "idle")
         return client
 
     async def read(self, client: Redis, consumer: str, count: int = 10) -> int:

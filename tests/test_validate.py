@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from app import run_ids
 from app.batch import Batch, Item
-from app.decode import Decode, decode_trigger
+from app.decode import Decode, decode_trigger, read_operation
 from app.durations import parse_delay, parse_duration, parse_ttl
 from app.errors import InvalidRequest, RequestError
 from app.settings import Settings
-from app.validate import build_run
+from app.validate import build_run, check_metadata
 from schemas.snapshot import Snapshot
 from tests.builders import START_MS, body, entry
 
@@ -87,6 +87,42 @@ def test_a_refusal_names_the_field(content: dict[str, Any], message: str) -> Non
     error = refused(content)
     assert error.code == "invalid_request"
     assert error.message.startswith(message), error.message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{**body(), "q" * 9_000: 1}, {**body(), "environment": {**body()["environment"], "type": "q" * 9_000}}],
+)
+def test_a_refusal_does_not_repeat_a_long_text(content: dict[str, Any]) -> None:
+    assert len(refused(content).message) < 1_000
+
+
+NESTED = "[" * 900 + '"\\u0000"' + "]" * 900
+
+
+@pytest.mark.parametrize(
+    "value", [r'"a\u0000"', r'{"a\u0000": 1}', r'{"a": "\u0000"}', r'{"a": [{"b": ["\u0000"]}]}', NESTED]
+)
+def test_a_nul_is_refused_wherever_it_is_in_an_operation(value: str) -> None:
+    change = f'{{"type": "set", "key": "k", "value": {value}}}'
+    tenant = '"environment": {"id": "e", "organization_id": "o"}'
+    text = f'{{"type": "run.update_metadata", {tenant}, "run_id": "run_a", "operations": [{change}]}}'
+    with pytest.raises(InvalidRequest):
+        read_operation(Item(entry()), text.encode(), LONGEST)
+
+
+@pytest.mark.parametrize(
+    "number", ["1e-16384", "0e-20000", "1.5e-16383", "0." + "0" * 16_384, "1e-" + "9" * 30]
+)
+def test_metadata_hold_no_number_that_jsonb_does_not(number: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^metadata: a number"):
+        check_metadata("metadata", b'{"a": [%s]}' % number.encode(), LONGEST)
+
+
+@pytest.mark.parametrize("value", ["1e-16383", "1e-300", '"1e-20000"', "0." + "0" * 16_383, "1e308"])
+def test_metadata_hold_any_other_number(value: str) -> None:
+    text = b'{"a": [%s]}' % value.encode()
+    assert check_metadata("metadata", text, LONGEST) == text
 
 
 @pytest.mark.parametrize(

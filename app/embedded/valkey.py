@@ -48,4 +48,4 @@ def _redis_server() -> Path:
     found = shutil.which(chosen)
     if found is None:
         raise EmbeddedServerError(f"REDIS_SERVER names no program that can be run: {chosen}")
-    return Path(found).resolve()
+    return Path(found).absolute()  # a link is kept: Debian's redis-server is one, and goes by its name
