@@ -980,9 +980,11 @@ class TestKeysAndTimes:
             "created_at": now - timedelta(seconds=3),
         }
         (row,) = new_runs("env_1", 1, **outlived)
-        (winner,) = new_runs("env_1", 1, **keyed("k"), created_at=now - timedelta(seconds=2))
+        (winner,) = new_runs("env_1", 1, **keyed("k"))
         await place.store.materialise([Row(row, "QUEUED")], now)
-        await place.store.insert([winner], now)
+        await place.store.insert([replace(winner, buffered_at=None)], now)
+        accepted = "UPDATE mollifier.runs SET materialised_at = $1"
+        await place.pool.execute(accepted, now - timedelta(seconds=2))
         (before,) = await place.accept("env_1")
         (alias,) = await place.accept("env_1", **outlived)
         await place.redis.delete(KEYS.claim(alias))
@@ -999,6 +1001,19 @@ class TestKeysAndTimes:
         again = await place.store.materialise([Row(row, "QUEUED"), Row(alias, "QUEUED")], now)
         assert [one.result for one in again] == ["present", "alias"]
         assert (await place.rows()).keys() == rows.keys()
+
+    async def test_a_run_that_outlived_its_key_is_none_of_one_accepted_after_that(self, place: Place) -> None:
+        """Both were requested at once; the other was handled when this one's key had ended."""
+        now = datetime.now(UTC)
+        created = {"created_at": now - timedelta(seconds=3), "idempotency_key": "k"}
+        (later,) = new_runs(
+            "env_1", 1, idempotency_key_expires_at=now + timedelta(hours=1), **dict[str, Any](created)
+        )
+        await place.store.insert([later], now)
+        ended: dict[str, Any] = {"idempotency_key_expires_at": now - timedelta(seconds=1), **created}
+        (first,) = await place.accept("env_1", **ended)
+        await (await place.bench()).dry()
+        assert (await place.rows()).keys() == {first.id, later.id}
 
     @pytest.mark.parametrize("after_s", [-1, 1], ids=["while the key counted", "after it had ended"])
     async def test_a_key_is_judged_as_of_when_its_run_was_accepted(self, place: Place, after_s: int) -> None:

@@ -1,5 +1,5 @@
--- The runs that have the keys of buffered runs which outlived them, and had them while those still counted: the
--- two were accepted side by side, without claims. A run that is a row already keeps it.
+-- The runs that have the keys of buffered runs which outlived them, and were accepted while those still counted:
+-- side by side, without claims. A run that is a row already keeps it.
 -- $1 organization ids  $2 environment ids  $3 tasks  $4 idempotency keys  $5 ids; text[]
 -- $6 when their runs were accepted  $7 when the keys expired; timestamptz[]
 -- Returns one row per key, in order; `id` is null where there is no such run.
@@ -15,7 +15,7 @@ LEFT JOIN mollifier.runs AS run
         = mollifier.key_digest(
             wanted.organization_id, wanted.environment_id, wanted.task, wanted.idempotency_key
         )
-    AND run.created_at < wanted.expires_at
+    AND coalesce(run.buffered_at, run.materialised_at) < wanted.expires_at
     AND (run.idempotency_key_expires_at IS NULL OR run.idempotency_key_expires_at > wanted.accepted_at)
     AND run.status NOT IN ('FAILED', 'EXPIRED', 'SYSTEM_FAILURE')
     AND NOT EXISTS (SELECT FROM mollifier.runs AS own WHERE own.id = wanted.id)

@@ -1,0 +1,779 @@
+"""One run per request (G3), one run per key (G4) and walls between tenants (G7), against a plain model.
+
+Hypothesis decides what happens: workers and drainers handle, stall, die, fall silent, and lose a server in
+the middle of a call. After every step both stores are read as they are and held against what the model
+allows. Time is the model's alone: nothing ends by itself, claims in Redis included.
+
+Not played: an id that a caller chose while Postgres cannot be asked whether another tenant has it.
+"""
+
+import asyncio
+import json
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from functools import partial
+from itertools import combinations
+from operator import attrgetter
+from typing import Any, Literal, NamedTuple
+
+import asyncpg
+import pytest
+import uvloop
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from redis.asyncio import Redis
+
+from app.batch import Claim, Entry
+from app.claims import PENDING, RedisClaims
+from app.drain import Drain
+from app.errors import StoreUnavailable, Unreachable
+from app.heartbeat import consumer_name
+from app.pipeline import Pipeline
+from app.replies import RedisDesk
+from app.run_ids import derive
+from app.settings import Settings
+from app.store_health import StoreHealth
+from app.telemetry import Telemetry
+from app.turns import RedisTurns
+from app.wiring import World
+from schemas.snapshot import Snapshot, decode_snapshot
+from tests.builders import NOW, body
+from tests.fakes import FakeGate
+
+Tenant = tuple[str, str]
+Key = tuple[str, str, str, str]
+Kind = Literal["batch", "tick", "turn"]
+
+SETTINGS = {
+    "claim_ttl_s": 8,
+    "claim_min_ttl_s": 4,
+    "claim_wait_ms": 10**9,
+    "ack_grace_ttl_s": 0,
+    "partitions": 2,
+}
+SETTINGS |= {"drain_batch_size": 3, "max_deliveries": 10**9, "store_pressure_latency_ms": 10**9}
+WORKERS: dict[int, dict[str, Any]] = {0: {}, 1: {"claim_wait_ms": 0}, 2: {"divert_on_store_failure": False}}
+DRAINERS: dict[int, dict[str, Any]] = {3: {}, 4: {}}
+
+TENANTS = [*[("org_1", "env_1")] * 6, ("org_1", "env_2"), ("org_2", "env_3"), ("org_2", "env_1")]
+"""Organizations and environments. The last one is hostile: its environment is another organization's."""
+
+CHOSEN = {"x": None, "y": "a"}
+"""Ids that callers choose, with the idempotency key that goes with each: a repetition asks for the same."""
+
+ENVIRONMENTS = sorted({environment for _, environment in TENANTS})
+FREES_ITS_KEY = ("FAILED", "EXPIRED", "SYSTEM_FAILURE")
+ERRORS = {"claim_timed_out", "run_id_conflict", "store_unavailable"}
+CLAIMS = ("find_winners", "claim", "settle_claims")
+TWO_RUNS = {*CLAIMS, "look_up_keys", "stalled", "bypass"}
+
+EXCUSES = """Why the model is not strict about a key for a while; see `_excuse`:
+
+claim         claims could not be reached, so only Postgres' unique index was asked
+look_up_keys  Postgres could not be asked whether a row has the key
+recall        Postgres could not be asked whether the request has a run already
+stalled       a worker stood still for longer than the claim was its own
+bypass        a request that claims nothing was under way together with another of its key
+"""
+
+
+class Fault(NamedTuple):
+    """What happens at a script or statement: its server is `lost`, the process comes to a `halt`, or the
+    command arrives `twice`. `done`: after it was done, of which nobody is told."""
+
+    point: str
+    kind: Literal["lost", "halt", "twice"]
+    done: bool
+
+
+class Ask(NamedTuple):
+    """What a producer asks for."""
+
+    tenant: Tenant
+    task: str = "send"
+    key: str | None = "a"
+    ttl: str | None = None
+    chosen: str | None = None
+    bypass: bool = False
+
+
+class Request(NamedTuple):
+    """A request that was made after so many steps. `run_id` is that of the run it makes, if it makes one."""
+
+    entry: Entry
+    tenant: Tenant
+    key: Key | None
+    bypass: bool
+    run_id: str
+    made: int
+    made_at: datetime
+
+
+class Run(NamedTuple):
+    """A run as one of the stores has it."""
+
+    id: str
+    organization_id: str
+    environment_id: str
+    task: str
+    idempotency_key: str | None
+    idempotency_key_expires_at: datetime | None
+    span_id: str
+    payload: bytes
+
+    @property
+    def tenant(self) -> Tenant:
+        return self.organization_id, self.environment_id
+
+    @property
+    def key(self) -> Key:
+        return self.organization_id, self.environment_id, self.task, self.idempotency_key or ""
+
+
+_columns = attrgetter(*Run._fields)
+
+
+@dataclass
+class State:
+    """What is there. `settled` and `queued` are the buffer up to its mark and after it; `claims` are by key;
+    `asked` are the requests that nobody has acknowledged."""
+
+    rows: dict[str, Run]
+    statuses: dict[str, str]
+    aliases: dict[str, str]
+    settled: list[Run]
+    queued: list[Run]
+    asked: set[str]
+    claims: dict[str, str] = field(default_factory=dict)
+
+    def buffered(self) -> list[Run]:
+        return [run for run in self.queued if run.id not in self.rows and run.id not in self.aliases]
+
+    def live(self, now: datetime) -> dict[Key, set[str]]:
+        """The runs that have each key: rows that keep it, and buffered runs."""
+        rows = [run for run in self.rows.values() if self.statuses[run.id] not in FREES_ITS_KEY]
+        return _by_key([*rows, *self.buffered()], now)
+
+
+def _by_key(runs: list[Run], now: datetime) -> dict[Key, set[str]]:
+    ids: defaultdict[Key, set[str]] = defaultdict(set)
+    for run in runs:
+        if run.idempotency_key_expires_at is not None and run.idempotency_key_expires_at > now:
+            ids[run.key].add(run.id)
+    return ids
+
+
+@dataclass(eq=False)
+class Job:
+    """A batch, a tick or a turn under way. It `began` after so many steps; `holds` are its claims at its
+    halt."""
+
+    kind: Kind
+    process: int
+    requests: list[Request]
+    fault: Fault | None
+    began: int
+    struck: Fault | None = None
+    halted: asyncio.Event | None = None
+    active: int = 0
+    holds: dict[Key, tuple[str, datetime]] = field(default_factory=dict)
+    task: "asyncio.Task[Any] | None" = None
+
+    def keyed(self) -> list[Key]:
+        return [request.key for request in self.requests if request.key is not None]
+
+    async def meet(self, points: set[str], call: Callable[[], Awaitable[Any]], lost: type[Exception]) -> Any:
+        """Make a call, unless the fault wants it otherwise."""
+        fault = self.fault if self.fault and self.fault.point in points else None
+        if fault is not None:
+            self.fault, self.struck = None, fault
+            if not fault.done:
+                await self._strike(fault, lost)
+        self.active += 1
+        try:
+            result = await call()
+            if fault is not None and fault.kind == "twice":
+                result = await call()
+        finally:
+            self.active -= 1
+        if fault is not None and fault.done:
+            await self._strike(fault, lost)
+        return result
+
+    async def _strike(self, fault: Fault, lost: type[Exception]) -> None:
+        if fault.kind == "lost":
+            raise lost("says the model")
+        if fault.kind == "halt":
+            self.halted = asyncio.Event()
+            await self.halted.wait()
+            self.halted = None
+
+    async def until_still(self) -> None:
+        """Return when it has ended, or stands still at its halt."""
+        assert self.task is not None
+        idle = 0
+        while not self.task.done() and idle < 20:
+            idle = idle + 1 if self.halted is not None and not self.active else 0
+            await asyncio.sleep(0)
+
+    async def die(self) -> None:
+        assert self.task is not None
+        self.task.cancel()
+        await asyncio.wait([self.task])
+
+
+JOB: ContextVar[Job] = ContextVar("job")
+
+
+class ClaimsByTheClock(RedisClaims):
+    """Claims of those who wait are made by the model's time too."""
+
+    clock: Callable[[], datetime]
+
+    async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
+        return await super().claim(runs, self.clock())
+
+
+def breakable(adapter: object, method: str, points: Callable[..., set[str]], lost: type[Exception]) -> None:
+    """Let the fault of the job at hand strike in a method of an adapter."""
+    real = getattr(adapter, method)
+
+    async def call(*arguments: Any) -> Any:
+        return await JOB.get().meet(points(*arguments), partial(real, *arguments), lost)
+
+    setattr(adapter, method, call)
+
+
+def faults(*points: str) -> st.SearchStrategy[Fault | None]:
+    kinds = st.sampled_from(["halt", "lost", "twice", "halt"])
+    return st.none() | st.builds(Fault, st.sampled_from(points), kinds, st.booleans())
+
+
+FROM_CLAIMS = (
+    "find_winners",
+    "claim",
+    "look_up_keys",
+    "insert",
+    "accept",
+    "settle_claims",
+    "respond",
+    "release",
+)
+ASKS = st.lists(
+    st.builds(
+        Ask,
+        st.sampled_from(TENANTS),
+        st.sampled_from(["send", "send", "send", "fetch"]),
+        st.sampled_from(["a", "a", "a", "b", None]),
+        st.sampled_from([None, None, "10s"]),
+        st.sampled_from([*[None] * 8, *CHOSEN]),
+        st.sampled_from([False, False, False, True]),
+    ),
+    min_size=1,
+    max_size=3,
+)
+WORKER = st.sampled_from(sorted(WORKERS))
+PASSES = st.sampled_from([0, 9, 1])
+FAULT = faults("find", "recall", *FROM_CLAIMS)
+GAME = settings(
+    max_examples=400,
+    stateful_step_count=14,
+    # The same examples in every run: whoever changes other code is not stopped by what chance finds.
+    derandomize=True,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+PICK = st.integers(0, 30)
+DRAINER = st.sampled_from(sorted(DRAINERS))
+
+
+class Model(RuleBasedStateMachine):
+    """The rules are what may happen; `_check` is what must hold after each."""
+
+    loop: asyncio.AbstractEventLoop
+    worlds: list[World]
+    redis: Any
+    postgres: Any
+    channel: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = NOW
+        self.requests: list[Request] = []
+        self.deliveries: Counter[str] = Counter()
+        self.jobs: list[Job] = []
+        self.owners: dict[str, Tenant] = {}
+        self.first_seen: dict[str, int] = {}
+        self.spans: dict[str, str] = {}
+        self.answered: dict[str, Tenant] = {}
+        self.history: list[dict[Key, set[str]]] = [{}]
+        self.together: set[tuple[str, str]] = set()
+        self.excuses: defaultdict[Key, set[str]] = defaultdict(set)
+        self.claims: dict[str, tuple[str, datetime]] = {}
+        self.is_sound = True
+        self._run(self._empty())
+        self.gates = {number: FakeGate() for number in WORKERS}
+        self.pipelines = {number: self._pipeline(number) for number in WORKERS}
+        self.drains = {number: self._drain(number) for number in DRAINERS}
+        self.state: State = self._run(self._look())
+
+    # What happens
+
+    @initialize(asks=ASKS, worker=WORKER, passes=PASSES, fault=FAULT)
+    def first(self, worker: int, asks: list[Ask], passes: int, fault: Fault | None) -> None:
+        self.trigger(worker, asks, passes, fault)
+
+    @rule(asks=ASKS, worker=WORKER, passes=PASSES, fault=FAULT)
+    def trigger(self, worker: int, asks: list[Ask], passes: int, fault: Fault | None) -> None:
+        self._handle(worker, [self._request(*ask) for ask in asks], passes, fault)
+
+    @rule(
+        picks=st.lists(PICK, min_size=1, max_size=3),
+        lost=st.booleans(),
+        worker=WORKER,
+        passes=PASSES,
+        fault=FAULT,
+    )
+    def redeliver(self, worker: int, picks: list[int], lost: bool, passes: int, fault: Fault | None) -> None:
+        """Also what is handled elsewhere, and (not `lost`) what was answered a moment ago."""
+        held = {one.entry.id for job in self.jobs if job.process == worker for one in job.requests}
+        held |= self.pipelines[worker].waiting_room.held
+        choice = [one for one in self.requests if one.entry.id not in held]
+        choice = [one for one in choice if one.entry.id in self.state.asked or not lost]
+        picked = {-1 - pick % len(choice) for pick in picks if choice}
+        if picked:
+            self._handle(worker, [choice[position] for position in sorted(picked)], passes, fault)
+
+    @precondition(lambda self: any(line.waiting_room.held for line in self.pipelines.values()))
+    @rule(worker=WORKER, passes=PASSES, fault=faults(*FROM_CLAIMS))
+    def tick(self, worker: int, passes: int, fault: Fault | None) -> None:
+        held = self.pipelines[worker].waiting_room.held
+        if held and not any(job.process == worker for job in self.jobs):
+            self.gates[worker].passes = passes
+            requests = [request for request in self.requests if request.entry.id in held]
+            self._start("tick", worker, requests, fault, self._tick(worker))
+
+    @precondition(lambda self: self.state.queued)
+    @rule(drainer=DRAINER, fault=faults("schedule", "take", "materialise", "settle", "release"))
+    def drain(self, drainer: int, fault: Fault | None) -> None:
+        if not any(job.process == drainer for job in self.jobs):
+            self._start("turn", drainer, [], fault, self._turn(drainer))
+
+    @precondition(lambda self: self.jobs)
+    @rule(pick=PICK, fault=faults(*FROM_CLAIMS, "materialise", "settle"))
+    def go_on(self, pick: int, fault: Fault | None) -> None:
+        job = self.jobs[pick % len(self.jobs)]
+        assert job.halted is not None
+        job.fault = fault
+        job.halted.set()
+        self._proceed(job)
+
+    @precondition(lambda self: self.jobs or any(line.waiting_room.held for line in self.pipelines.values()))
+    @rule(process=st.sampled_from([*WORKERS, *DRAINERS]))
+    def crash(self, process: int) -> None:
+        """Its memory is gone, and its name with the heartbeat: what it held is left to the others."""
+        for job in [job for job in self.jobs if job.process == process]:
+            self._run(job.die())
+            self.jobs.remove(job)
+        if process in WORKERS:
+            self.pipelines[process] = self._pipeline(process)
+        else:
+            self.silence(process)
+            self.drains[process] = self._drain(process)
+
+    @precondition(lambda self: any(job.kind == "turn" for job in self.jobs))
+    @rule(drainer=DRAINER)
+    def silence(self, drainer: int) -> None:
+        """A drainer stalls so long that it looks dead."""
+        self._run(self.redis.delete(self.worlds[0].keys.heartbeat(self.drains[drainer][0])))
+
+    @rule(seconds=st.sampled_from([10, 1, 5, 40]))
+    def advance(self, seconds: int) -> None:
+        self.now += timedelta(seconds=seconds)
+        for name in [name for name, (_, end) in self.claims.items() if end <= self.now]:
+            self._run(self.redis.delete(name))
+        self._check(None)
+
+    @precondition(lambda self: "QUEUED" in self.state.statuses.values())
+    @rule(pick=PICK, status=st.sampled_from(["FAILED", "COMPLETED", "EXPIRED", "CANCELED"]))
+    def finish(self, pick: int, status: str) -> None:
+        """An executor ends a run."""
+        rows = sorted(run_id for run_id, status in self.state.statuses.items() if status == "QUEUED")
+        update = "UPDATE mollifier.runs SET status = $2 WHERE id = $1"
+        self._run(self.postgres.execute(update, rows[-1 - pick % len(rows)], status))
+        self._check(None)
+
+    @precondition(lambda self: self.state.settled)
+    @rule(drainer=DRAINER)
+    def forget(self, drainer: int) -> None:
+        self._start("turn", drainer, [], None, self.drains[drainer][1].forget())
+
+    def teardown(self) -> None:
+        """Nothing goes wrong any more, and everything ends as it should."""
+        try:
+            if self.is_sound:
+                self._come_to_rest()
+        finally:
+            for job in self.jobs:
+                self._run(job.die())
+
+    def _come_to_rest(self) -> None:
+        while self.jobs:
+            self.go_on(0, None)
+        for _ in range(20):
+            self.advance(8)
+            for worker in WORKERS:
+                self.tick(worker, 9, None)
+            for drainer in DRAINERS:
+                self.drain(drainer, None)
+            self.redeliver(0, list(range(len(self.requests))), True, 9, None)
+            if not self.state.asked and not self.state.queued:
+                break
+        self.advance(8)
+        assert not self.state.asked
+        assert not self.state.queued
+        assert not [value for value in self.state.claims.values() if value.startswith(PENDING)]
+        for run_id, tenant in self.answered.items():
+            assert self.state.rows[self.state.aliases.get(run_id, run_id)].tenant == tenant
+
+    # How it happens
+
+    def _run(self, work: Awaitable[Any]) -> Any:
+        return self.loop.run_until_complete(work)
+
+    async def _empty(self) -> None:
+        await self.redis.flushall()
+        await self.postgres.execute("TRUNCATE mollifier.runs, mollifier.run_aliases")
+        await self._answers()
+
+    def _pipeline(self, number: int) -> Pipeline:
+        world = self.worlds[number]
+        claims = ClaimsByTheClock(world.scripts, world.keys, world.settings)
+        claims.clock = lambda: self.now
+        return Pipeline(
+            gate=self.gates[number],
+            buffer=world.buffer,
+            reservations=world.buffer,
+            claims=claims,
+            store=world.store,
+            desk=RedisDesk(world.scripts, world.keys, world.keys.triggers),
+            health=StoreHealth(world.settings, lambda: self.now.timestamp()),
+            settings=world.settings,
+            telemetry=world.telemetry,
+            clock=lambda: self.now,
+        )
+
+    def _drain(self, number: int) -> tuple[str, RedisTurns, Drain]:
+        world = self.worlds[number]
+        consumer = consumer_name()
+        turns = RedisTurns(world.scripts, world.keys, world.settings, consumer)
+        drain = Drain(
+            turns=turns,
+            materialiser=world.store,
+            graveyard=RedisDesk(world.scripts, world.keys, world.keys.triggers),
+            reservations=world.buffer,
+            settings=world.settings,
+            telemetry=world.telemetry,
+            clock=lambda: self.now,
+        )
+        return consumer, turns, drain
+
+    def _request(
+        self, tenant: Tenant, task: str, key: str | None, ttl: str | None, chosen: str | None, bypass: bool
+    ) -> Request:
+        number = len(self.requests)
+        options = {} if ttl is None else {"idempotency_key_ttl": ttl}
+        if bypass:
+            options["one_time_use_token"] = f"token {number}"
+        if chosen is not None:
+            task, key, options, bypass = "send", CHOSEN[chosen], {"run_id": f"run_{chosen}"}, False
+        if key is not None:
+            options["idempotency_key"] = key
+        content = body(tenant[1], tenant[0], task=task, payload=number, options=options)
+        fields = {b"body": json.dumps(content).encode(), b"reply_to": b"mollifier:reply:%d" % number}
+        entry = Entry(f"{int(self.now.timestamp() * 1000)}-{number}", fields)
+        self._run(self.redis.xadd("mollifier:triggers", fields, id=entry.id))
+        run_id = chosen or derive("mollifier", entry.id, tenant[1])
+        unique = None if key is None else (*tenant, task, key)
+        made = len(self.history) - 1, self.now
+        self.requests.append(Request(entry, tenant, unique, bypass, run_id, *made))
+        return self.requests[-1]
+
+    def _handle(self, worker: int, requests: list[Request], passes: int, fault: Fault | None) -> None:
+        self.deliveries.update(request.entry.id for request in requests)
+        entries = [one.entry._replace(deliveries=self.deliveries[one.entry.id]) for one in requests]
+        self.gates[worker].passes = passes
+        self._start("batch", worker, requests, fault, self.pipelines[worker].handle(entries))
+
+    async def _tick(self, worker: int) -> None:
+        await self.pipelines[worker].waiting_room.tick()
+        await self.pipelines[worker].waiting_room.settled()
+
+    async def _turn(self, drainer: int) -> None:
+        consumer, _, drain = self.drains[drainer]
+        await self.redis.set(self.worlds[0].keys.heartbeat(consumer), "1")
+        await drain.turn()
+
+    def _start(
+        self,
+        kind: Kind,
+        process: int,
+        requests: list[Request],
+        fault: Fault | None,
+        work: Coroutine[Any, Any, Any],
+    ) -> None:
+        if fault and fault[:2] == ("recall", "lost") and any(one.run_id in CHOSEN for one in requests):
+            fault = None
+        job = Job(kind, process, requests, fault, len(self.history) - 1)
+        context = copy_context()
+        context.run(JOB.set, job)
+        job.task = self.loop.create_task(work, context=context)
+        self.jobs.append(job)
+        self._proceed(job)
+
+    def _proceed(self, job: Job) -> None:
+        self.is_sound = False
+        self._run(job.until_still())
+        assert job.task is not None
+        if job.task.done():
+            self.jobs.remove(job)
+            try:
+                job.task.result()
+            except (Unreachable, StoreUnavailable):
+                assert job.struck is not None
+                assert job.struck.kind == "lost"
+        self._check(job)
+
+    # What is there
+
+    async def _look(self) -> State:
+        # Rows are accepted by the model's time, too.
+        by_the_server = "UPDATE mollifier.runs SET materialised_at = $1 WHERE materialised_at < $2"
+        await self.postgres.execute(by_the_server, self.now, NOW)
+        rows = await self.postgres.fetch("SELECT * FROM mollifier.runs")
+        aliases = await self.postgres.fetch("SELECT id, run_id FROM mollifier.run_aliases")
+        asked = await self.redis.xrange("mollifier:triggers")
+        state = State(
+            {row["id"]: Run(*(row[name] for name in Run._fields)) for row in rows},
+            {row["id"]: row["status"] for row in rows},
+            {alias["id"]: alias["run_id"] for alias in aliases},
+            [],
+            [],
+            {entry_id.decode() for entry_id, _ in asked},
+        )
+        for names in map(self.worlds[0].keys.environment, ENVIRONMENTS):
+            mark = _position(await self.redis.hget(names.drain, "done") or b"0-0")
+            for entry_id, fields in await self.redis.xrange(names.entries):
+                run = Run(*_columns(decode_snapshot(fields[b"snapshot"])))
+                (state.settled if _position(entry_id) <= mark else state.queued).append(run)
+        await self._stop_the_clock()
+        state.claims = {name: value for name, (value, _) in self.claims.items()}
+        assert not await self.redis.exists("mollifier:dead-letters")
+        return state
+
+    async def _stop_the_clock(self) -> None:
+        """Read the claims, and give those that are new an end by the model's time instead of the server's."""
+        claims = {}
+        for name in [name.decode() for name in await self.redis.keys("mollifier:*:claim:*")]:
+            value, left_ms = await self.redis.get(name), await self.redis.pttl(name)
+            if value is None or (left_ms != -1 and left_ms < 10):
+                await self.redis.delete(name)
+            elif left_ms == -1:
+                claims[name] = self.claims[name]
+                assert claims[name][0] == value.decode(), "a claim without an end"
+            else:
+                await self.redis.persist(name)
+                claims[name] = value.decode(), self.now + timedelta(seconds=-(-left_ms // 1000))
+        self.claims = claims
+
+    async def _answers(self) -> list[tuple[int, dict[str, Any]]]:
+        """Replies since the last time, with the numbers of their requests."""
+        await self.channel.ping("so far")
+        answers = []
+        while (message := await self.channel.get_message(timeout=10))["type"] != "pong":
+            if message["type"] == "pmessage":
+                answers.append((int(message["channel"].rpartition(b":")[2]), json.loads(message["data"])))
+        return answers
+
+    def _claim(self, key: Key) -> str:
+        """The value of a key's claim, '' if there is none."""
+        return self.state.claims.get(self._claim_name(key), "")
+
+    def _claim_name(self, key: Key) -> str:
+        return self.worlds[0].keys.claim(Run("", *key, None, "", b""))
+
+    # What must hold
+
+    def _check(self, job: Job | None) -> None:
+        self.is_sound = False
+        self.state = self._run(self._look())
+        self._check_requests()
+        self._excuse(job)
+        self._check_keys()
+        for number, answer in self._run(self._answers()):
+            assert job is not None
+            self._check_answer(self.requests[number], answer, job)
+        self._forgive()
+        self.is_sound = True
+
+    def _check_requests(self) -> None:
+        """G3: a run is what one request asked for, once. G7: its id never has another owner."""
+        state = self.state
+        for run in (*state.rows.values(), *state.settled, *state.queued):
+            request = self.requests[int(run.payload)]
+            assert (run.id, run.tenant) == (request.run_id, request.tenant)
+            assert self.owners.setdefault(run.id, run.tenant) == run.tenant
+            self.first_seen.setdefault(run.id, len(self.history))
+            self.spans[run.id] = run.span_id
+        assert not [
+            run_id for run_id, count in Counter(_ids(state.settled + state.queued)).items() if count > 1
+        ]
+        assert not state.rows.keys() & state.aliases.keys()
+        assert {*_ids(state.settled)} <= state.rows.keys() | state.aliases.keys()
+
+    def _check_keys(self) -> None:
+        """G4: a key has one run. Two only with an excuse, and then one becomes an alias of the other."""
+        buffered = {*_ids(self.state.buffered())}
+        for key, ids in self.state.live(self.now).items():
+            assert len(ids) == 1 or self.excuses[key] & TWO_RUNS, (key, ids)
+            assert len(ids & buffered) < 2 or self.excuses[key] & {*CLAIMS}, (key, ids)
+            self.together.update(combinations(sorted(ids), 2))
+        self.history.append(self._known())
+        for alias, winner in self.state.aliases.items():
+            assert self.state.rows[winner].tenant == self.owners[alias]
+            assert (min(alias, winner), max(alias, winner)) in self.together
+
+    def _known(self, now: datetime | None = None) -> dict[Key, set[str]]:
+        """The runs that may be named for each key: live ones, and whatever is still in the buffer."""
+        queued = _by_key(self.state.queued, now or self.now)
+        live = self.state.live(now or self.now)
+        return {key: live.get(key, set()) | queued.get(key, set()) for key in {*live, *queued}}
+
+    def _check_answer(self, request: Request, answer: dict[str, Any], job: Job) -> None:
+        """G7: it names a run of its tenant. G3: its own, if it has one. G4: else the one that has its key."""
+        if answer["type"] == "error":
+            assert answer["error"]["code"] in ERRORS
+            assert not [run_id for run_id in self.owners.keys() - CHOSEN.keys() if run_id in str(answer)]
+            return
+        run_id, key = answer["run"]["id"], request.key
+        assert self.owners.get(run_id) == request.tenant
+        assert answer["run"].get("span_id") in (None, self.spans[run_id])
+        self.answered[run_id] = request.tenant
+        if run_id == request.run_id:
+            return
+        assert answer["is_cached"]
+        assert key is not None
+        had_one = self.first_seen.get(request.run_id, len(self.history)) <= job.began
+        assert not had_one or job.kind == "tick" or "recall" in self.excuses[key]
+        # A batch is handled as of its beginning, also where it took longer; who waits does so since it asked.
+        # Whether a key had run out is a question of when the request was made, however late it is handled.
+        since = request.made if job.kind == "tick" else job.began
+        known = [*self.history[since:], self._known(request.made_at)]
+        assert self.excuses[key] or any(run_id in one.get(key, ()) for one in known)
+
+    def _excuse(self, job: Job | None) -> None:
+        """Note why the model cannot be strict about a key: see EXCUSES."""
+        for one in {*self.jobs, *([job] if job else [])}:
+            keys, struck = Counter(one.keyed()), one.struck
+            if one is job:
+                one.holds = self._held(one)
+            for key, (run_id, end) in one.holds.items():
+                if not self._is_pending(key, run_id) and self._claim(key) != run_id:
+                    assert end <= self.now or self._was_handed_out_again(run_id), "a claim was stolen"
+                    self.excuses[key].add("stalled")
+            for request in one.requests:
+                others = {key for other in self.jobs if other is not one for key in other.keyed()}
+                if (
+                    request.bypass
+                    and request.key
+                    and (one.halted or keys[request.key] > 1 or request.key in others)
+                ):
+                    self.excuses[request.key].add("bypass")
+            if struck and struck.kind == "lost" and (struck.point != "claim" or one.kind != "tick"):
+                for key in keys:
+                    self.excuses[key] |= {struck.point} & {*CLAIMS, "look_up_keys", "recall"}
+
+    def _held(self, job: Job) -> dict[Key, tuple[str, datetime]]:
+        """The claims that a job holds: by key, for which run and until when."""
+        return {
+            request.key: (request.run_id, self.claims[self._claim_name(request.key)][1])
+            for request in job.requests
+            if request.key is not None and self._is_pending(request.key, request.run_id)
+        }
+
+    def _was_handed_out_again(self, run_id: str) -> bool:
+        """Another attempt at the same run may end the claim of the first."""
+        return sum(self.deliveries[one.entry.id] for one in self.requests if one.run_id == run_id) > 1
+
+    def _is_pending(self, key: Key, run_id: str) -> bool:
+        return self._claim(key).startswith(f"{PENDING}{run_id}:")
+
+    def _forgive(self) -> None:
+        """Be strict again about keys whose one run, if any, all can know of, and that nobody works on."""
+        busy = {key for job in self.jobs for key in job.keyed()}
+        buffered = _ids(self.state.buffered())
+        for key in [key for key in self.excuses if key not in busy]:
+            live, value = self.state.live(self.now).get(key, set()), self._claim(key)
+            is_published = value != "" and not value.startswith(PENDING)
+            if len(live) < 2 and (value in buffered if is_published else not live & {*buffered}):
+                del self.excuses[key]
+
+
+def _ids(runs: list[Run]) -> list[str]:
+    return [run.id for run in runs]
+
+
+def _position(entry_id: bytes) -> tuple[int, int]:
+    ms, _, sequence = entry_id.partition(b"-")
+    return int(ms), int(sequence)
+
+
+async def opened(redis_url: str, database_url: str) -> dict[str, Any]:
+    """The connections of the processes, and the model's own; they serve all examples."""
+    worlds = []
+    for changes in (WORKERS | DRAINERS).values():
+        urls = {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
+        world = await World.open(Settings.model_validate(urls | SETTINGS | changes), Telemetry("model"))
+        breakable(world.scripts, "run", lambda calls: {call.name for call in calls}, Unreachable)
+        for method in ("insert", "look_up_keys", "recall", "materialise"):
+            breakable(world.store, method, lambda *_, name=method: {name}, StoreUnavailable)
+        worlds.append(world)
+    redis = Redis.from_url(redis_url, protocol=2)
+    channel = redis.pubsub()
+    await channel.psubscribe("mollifier:reply:*")
+    postgres = await asyncpg.connect(database_url)
+    loop = asyncio.get_running_loop()
+    return {"loop": loop, "worlds": worlds, "redis": redis, "channel": channel, "postgres": postgres}
+
+
+async def closed(worlds: list[World], redis: Redis, channel: Any, postgres: Any, **_: Any) -> None:
+    for world in worlds:
+        await world.close()
+    await channel.aclose()
+    await redis.aclose()
+    await postgres.close()
+
+
+@pytest.mark.timeout(600)  # a failure takes its time to become the shortest one
+async def test_g3_g4_g7_one_run_each_and_walls_between_tenants(redis_url: str, database_url: str) -> None:
+    await asyncio.to_thread(_play, redis_url, database_url)
+
+
+def _play(redis_url: str, database_url: str) -> None:
+    """Hypothesis wants to call, not to be awaited: the machine has a loop and a thread of its own."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        site = runner.run(opened(redis_url, database_url))
+        try:
+            run_state_machine_as_test(type("Machine", (Model,), site), settings=GAME)
+        finally:
+            runner.run(closed(**site))
