@@ -95,9 +95,8 @@ def _was_freed(
     first: Row,
     second: Row,
 ) -> bool:
-    is_cancelled_loser = first["status"] == "CANCELED" and first["idempotency_key"] is None
-    if is_cancelled_loser:
-        return True
+    if any(row["status"] == "CANCELED" and row["idempotency_key"] is None for row in (first, second)):
+        return True  # who was cancelled before it lost its key to the other is a row of its own
     start, end = seconds(first["created_at"]), _accepted_by(story, second)
     # Two that were accepted side by side, without claims, are made one when the later of them becomes a row.
     are_rows = max(seconds(first["materialised_at"]), seconds(second["materialised_at"]))
