@@ -126,6 +126,11 @@ class Item:
         return self.entry.deliveries > 1
 
     @property
+    def may_be_known(self) -> bool:
+        """Whether it may have a run already: handed out before, or while it waited, or a chosen id."""
+        return self.is_redelivered or self.waiting_since is not None or self.has_chosen_id
+
+    @property
     def has_chosen_id(self) -> bool:
         """Whether the caller chose the run's id."""
         return self.request is not None and self.request.options.run_id is not None

@@ -1,7 +1,7 @@
 """Step 5: one run per idempotency key (G4). Claim the keys of a batch, look the won ones up in Postgres.
 
 Requests with one key follow the first of them. A request whose key another worker holds leaves the
-batch for the waiting room, and comes back to this step when the key is free or taken. Bypassed
+batch for the waiting room, and comes back, by way of `recall`, when the key is free or taken. Bypassed
 requests claim nothing: Postgres' unique index is their arbiter, once the buffer has no run of their key.
 """
 

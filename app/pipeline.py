@@ -63,7 +63,7 @@ class Pipeline:
             ("respond", Respond(reservations, desk, settings, telemetry)),
         )
         names = [name for name, _ in self._steps]
-        self._steps_after_waiting = self._steps[names.index("deduplicate") :]
+        self._steps_after_waiting = self._steps[names.index("recall") :]
         self._telemetry = telemetry
         self._life = life
         self._clock = clock
@@ -77,7 +77,9 @@ class Pipeline:
         await self._run(self._steps, [Item(entry, life=self._life()) for entry in entries])
 
     async def resume(self, items: Sequence[Item]) -> None:
-        """Take requests on that waited for their idempotency keys; they may come to wait again."""
+        """Take requests on that waited for their idempotency keys; they may come to wait again. First of all their
+        runs are looked for: another worker may have handled them meanwhile.
+        """
         await self._run(self._steps_after_waiting, items)
 
     async def _run(self, steps: Sequence[tuple[str, Step]], items: Sequence[Item]) -> None:

@@ -34,7 +34,7 @@ class Recall:
         self._telemetry = telemetry
 
     async def __call__(self, batch: Batch) -> None:
-        asked = [item for item in batch.open() if item.is_redelivered or item.has_chosen_id]
+        asked = [item for item in batch.open() if item.may_be_known]
         contested: list[Item] = []
         if self._settings.enabled:
             await _look_up(asked, self._recall_from_buffer)

@@ -286,8 +286,8 @@ WORKER = st.sampled_from(sorted(WORKERS))
 PASSES = st.sampled_from([0, 9, 1])
 FAULT = faults("find", "recall", *FROM_CLAIMS)
 GAME = settings(
-    max_examples=400,
-    stateful_step_count=14,
+    max_examples=250,
+    stateful_step_count=25,
     # The same examples in every run: whoever changes other code is not stopped by what chance finds.
     derandomize=True,
     report_multiple_bugs=False,
@@ -764,16 +764,91 @@ async def closed(worlds: list[World], redis: Redis, channel: Any, postgres: Any,
     await postgres.close()
 
 
+ONE = [Ask(("org_1", "env_1"))]
+BEFORE_ACCEPT = Fault("accept", "halt", False)
+
+
+def a_run_fails_while_the_buffer_still_shows_it(model: Model) -> None:
+    model.trigger(0, ONE, 0, None)
+    model.drain(3, None)
+    model.trigger(0, ONE, 0, None)
+    model.finish(0, "FAILED")
+    model.trigger(0, ONE, 0, None)
+
+
+def a_request_is_handled_elsewhere_while_it_waits(model: Model) -> None:
+    model.trigger(0, ONE, 9, None)
+    model.finish(0, "FAILED")
+    model.trigger(1, ONE, 0, None)
+    model.redeliver(0, [0], False, 9, None)
+    model.finish(0, "FAILED")
+    model.trigger(1, ONE, 0, None)
+
+
+def a_request_comes_again_when_its_run_failed_and_another_has_the_key(model: Model) -> None:
+    model.trigger(0, ONE, 9, None)
+    model.finish(0, "FAILED")
+    model.trigger(0, ONE, 9, None)
+    model.tick(0, 9, None)
+    model.redeliver(0, [1], False, 9, None)
+
+
+def two_work_on_one_key(model: Model) -> None:
+    model.trigger(0, ONE, 0, BEFORE_ACCEPT)
+    model.trigger(1, ONE, 0, None)
+
+
+def a_claim_runs_out_before_it_is_accepted(model: Model) -> None:
+    model.trigger(0, ONE, 0, BEFORE_ACCEPT)
+    model.advance(10)
+    model.trigger(1, ONE, 0, BEFORE_ACCEPT)
+    model.go_on(0, None)
+    model.go_on(0, None)
+
+
+def a_claim_runs_out_before_it_is_let_go(model: Model) -> None:
+    model.trigger(2, ONE, 9, Fault("look_up_keys", "halt", False))
+    model.advance(10)
+    model.trigger(0, ONE, 0, BEFORE_ACCEPT)
+    model.go_on(0, Fault("insert", "lost", False))
+
+
+STORIES = [
+    a_run_fails_while_the_buffer_still_shows_it,
+    a_request_is_handled_elsewhere_while_it_waits,
+    a_request_comes_again_when_its_run_failed_and_another_has_the_key,
+    two_work_on_one_key,
+    a_claim_runs_out_before_it_is_accepted,
+    a_claim_runs_out_before_it_is_let_go,
+]
+
+
 @pytest.mark.timeout(600)  # a failure takes its time to become the shortest one
 async def test_g3_g4_g7_one_run_each_and_walls_between_tenants(redis_url: str, database_url: str) -> None:
-    await asyncio.to_thread(_play, redis_url, database_url)
+    play = partial(run_state_machine_as_test, settings=GAME)
+    await asyncio.to_thread(_play, redis_url, database_url, play)
 
 
-def _play(redis_url: str, database_url: str) -> None:
+@pytest.mark.parametrize("story", STORIES)
+async def test_g3_g4_what_chance_seldom_finds(
+    story: Callable[[Model], None], redis_url: str, database_url: str
+) -> None:
+    await asyncio.to_thread(_play, redis_url, database_url, partial(_tell, story))
+
+
+def _tell(story: Callable[[Model], None], machine: Callable[[], Model]) -> None:
+    model = machine()
+    try:
+        story(model)
+    finally:
+        model.teardown()
+
+
+def _play(redis_url: str, database_url: str, play: Callable[[type[Model]], None]) -> None:
     """Hypothesis wants to call, not to be awaited: the machine has a loop and a thread of its own."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         site = runner.run(opened(redis_url, database_url))
         try:
-            run_state_machine_as_test(type("Machine", (Model,), site), settings=GAME)
+            play(type("Machine", (Model,), site))
         finally:
             runner.run(closed(**site))
