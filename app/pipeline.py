@@ -77,8 +77,9 @@ class Pipeline:
         await self._run(self._steps, [Item(entry, life=self._life()) for entry in entries])
 
     async def resume(self, items: Sequence[Item]) -> None:
-        """Take requests on that waited for their idempotency keys; they may come to wait again. First of all their
-        runs are looked for: another worker may have handled them meanwhile.
+        """Take requests on that waited for their idempotency keys; they may come to wait again.
+
+        First of all their runs are looked for: another worker may have handled them meanwhile.
         """
         await self._run(self._steps_after_waiting, items)
 
