@@ -87,8 +87,14 @@ def _is_dead(item: Item) -> bool:
 
 
 def _is_settled_id(item: Item) -> bool:
-    """Whether a caller-chosen id need not be held any longer: its run is a row, or came to nothing."""
+    """Whether a caller-chosen id need not be held any longer: its run is a row, or came to nothing.
+
+    After an error that another try may mend it is held: another attempt may just be buffering its run. The
+    sweeper ends what is left of that.
+    """
     outcome, run = item.outcome, item.run
+    if isinstance(outcome, RequestError) and outcome.retryable:
+        return False
     is_buffered = isinstance(outcome, Answer) and outcome.is_mollified
     is_own = isinstance(outcome, Answer) and run is not None and outcome.run_id == run.id
     return item.has_chosen_id and not (is_buffered and is_own)

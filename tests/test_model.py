@@ -813,6 +813,19 @@ def a_claim_runs_out_before_it_is_let_go(model: Model) -> None:
     model.go_on(0, Fault("insert", "lost", False))
 
 
+def a_claim_runs_out_before_it_is_published(model: Model) -> None:
+    model.trigger(0, ONE, 9, Fault("settle_claims", "halt", False))
+    model.advance(10)
+    model.finish(0, "FAILED")
+    model.trigger(1, ONE, 0, BEFORE_ACCEPT)
+    model.go_on(0, None)
+
+
+def an_organization_chooses_an_id_that_another_has_in_the_buffer(model: Model) -> None:
+    for tenant in (TENANTS[0], TENANTS[-1]):
+        model.trigger(0, [Ask(tenant, chosen="x")], 0, None)
+
+
 STORIES = [
     a_run_fails_while_the_buffer_still_shows_it,
     a_request_is_handled_elsewhere_while_it_waits,
@@ -820,6 +833,8 @@ STORIES = [
     two_work_on_one_key,
     a_claim_runs_out_before_it_is_accepted,
     a_claim_runs_out_before_it_is_let_go,
+    a_claim_runs_out_before_it_is_published,
+    an_organization_chooses_an_id_that_another_has_in_the_buffer,
 ]
 
 
@@ -830,7 +845,7 @@ async def test_g3_g4_g7_one_run_each_and_walls_between_tenants(redis_url: str, d
 
 
 @pytest.mark.parametrize("story", STORIES)
-async def test_g3_g4_what_chance_seldom_finds(
+async def test_g3_g4_g7_what_chance_seldom_finds(
     story: Callable[[Model], None], redis_url: str, database_url: str
 ) -> None:
     await asyncio.to_thread(_play, redis_url, database_url, partial(_tell, story))

@@ -388,6 +388,19 @@ async def test_a_failing_store_diverts_into_the_buffer_under_the_same_id() -> No
     assert world.gate.asked == [{"env_1": 1}], "while the store fails the gate's answer would not matter"
 
 
+@pytest.mark.parametrize(
+    ("failure", "is_held"), [(StoreUnavailable(), True), (None, False)], ids=["failed for now", "a row"]
+)
+async def test_g7_a_chosen_id_is_held_while_another_attempt_may_need_it(
+    failure: StoreUnavailable | None, is_held: bool
+) -> None:
+    """One that is told to try again lets go of nothing: its request may be on its way to the buffer elsewhere."""
+    world = World(divert_on_store_failure=False)
+    world.store.failure = failure
+    await world.handle(entry(body(options={"run_id": "run_mine"})))
+    assert ("mine" in world.buffer.chosen) == is_held
+
+
 @pytest.mark.parametrize("may_be_done", [False, True])
 async def test_g1_what_may_be_a_row_is_not_said_to_be_nothing(may_be_done: bool) -> None:
     """The buffer refuses what was diverted to it, after a statement whose end nobody heard of."""
