@@ -394,7 +394,7 @@ async def test_a_failing_store_diverts_into_the_buffer_under_the_same_id() -> No
 async def test_g7_a_chosen_id_is_held_while_another_attempt_may_need_it(
     failure: StoreUnavailable | None, is_held: bool
 ) -> None:
-    """One that is told to try again lets go of nothing: its request may be on its way to the buffer elsewhere."""
+    """One that is told to try again lets go of nothing: its run may be about to be buffered elsewhere."""
     world = World(divert_on_store_failure=False)
     world.store.failure = failure
     await world.handle(entry(body(options={"run_id": "run_mine"})))
