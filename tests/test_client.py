@@ -35,6 +35,8 @@ from tests.processes import TRIPS_AT_TWO, Workers
 from tests.producer import TRIGGERS, new_environment
 from tests.waiting import eventually, fetch, runs_of
 
+pytestmark = pytest.mark.one_redis
+
 OPERATIONS = "mollifier:operations"
 
 Body = dict[str, Any]

@@ -36,6 +36,8 @@ from tests.crashing import Nursery
 from tests.processes import TRIPS_AT_TWO
 from tests.test_drain import MEDDLING
 
+pytestmark = pytest.mark.one_redis
+
 TAKEN_OVER_WITHIN_S = TTL_MS / 1000 + 1
 AT_ONCE = 12
 
