@@ -28,6 +28,9 @@ from app.write import Write
 
 Step = Callable[[Batch], Awaitable[None]]
 
+_BEFORE_WAITING = frozenset(("decode", "validate", "relate"))
+"""Steps whose work an item keeps while it waits for its key."""
+
 
 class Pipeline:
     """Handles batches of trigger requests; several may be under way at once."""
@@ -62,8 +65,7 @@ class Pipeline:
             ("fence", fence),
             ("respond", Respond(reservations, desk, settings, telemetry)),
         )
-        names = [name for name, _ in self._steps]
-        self._steps_after_waiting = self._steps[names.index("recall") :]
+        self._steps_after_waiting = [step for step in self._steps if step[0] not in _BEFORE_WAITING]
         self._telemetry = telemetry
         self._life = life
         self._clock = clock

@@ -4,16 +4,13 @@ The schedule (`lua/schedule.lua`) is one for all drainers and all partitions. It
 a drainer has each of its own to itself until it reports what it did, or its heartbeat is gone.
 """
 
-import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from redis.asyncio import Redis
-
 from app.keys import Keys
-from app.redis_client import LOST, Call, Scripts
+from app.redis_client import Call, Scripts
 from app.settings import Settings
 
 _ARRIVALS = 64
@@ -233,26 +230,3 @@ class Schedule:
             pairs = [part for pair in weights.items() for part in pair]
             calls.insert(2, Call("HSET", None, [key, *pairs]))
         await self._scripts.demand(calls)
-
-
-class Wake:
-    """Wakes a drainer when an environment becomes ready. A lost message only costs the wait's timeout."""
-
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._pubsub = redis.pubsub()
-        self._channel = keys.wake
-
-    async def wait(self, timeout_s: float) -> bool:
-        """Return when something may have become ready, at the latest after `timeout_s`: whether it may."""
-        try:
-            if not self._pubsub.subscribed:
-                await self._pubsub.subscribe(self._channel)
-                return True
-            message = await self._pubsub.get_message(ignore_subscribe_messages=True, timeout=timeout_s)
-        except LOST:
-            await asyncio.sleep(timeout_s)
-            return True
-        return message is not None
-
-    async def close(self) -> None:
-        await self._pubsub.aclose()  # type: ignore[no-untyped-call]

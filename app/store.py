@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from operator import itemgetter
 
 import asyncpg
-from msgspec.structs import replace
 
 from app.batch import Answer, Parent
 from app.debounce import debounce
 from app.errors import RequestError
 from app.inserts import Hindrance, answer, copy_rows, free_keys, insert_rows, key_columns, look_up, own_answer
+from app.lost_keys import has_outlived_its_key, let_go_of_keys, without_key, without_lost_keys
 from app.ports import KeyHolder
 from app.postgres import Connection, acquire, refusal, statement
 from app.rows import Materialised, Row, status_at
@@ -70,9 +70,9 @@ class PostgresStore:
     async def materialise(self, rows: Sequence[Row], now: datetime) -> Sequence[Materialised]:
         """See `ports.Materialiser.materialise`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            outlived = [position for position, row in enumerate(rows) if _has_outlived_its_key(row, now)]
+            outlived = [position for position, row in enumerate(rows) if has_outlived_its_key(row, now)]
             if outlived:
-                rows, winners = await _let_go_of_keys(connection, rows, outlived)
+                rows, winners = await let_go_of_keys(connection, rows, outlived)
             else:
                 winners = {}
             writing = [row for position, row in enumerate(rows) if position not in winners]
@@ -103,12 +103,12 @@ class PostgresStore:
         keyed = [row.run for row in rows if row.run.idempotency_key is not None]
         if keyed:
             await free_keys(connection, keyed, now)
-        rows = await _without_lost_keys(connection, rows, now)
+        rows = await without_lost_keys(connection, rows, now)
         hindrances = await insert_rows(connection, rows, now, attempts=self._drain_attempts)
         results = [_materialised(row, hindrance) for row, hindrance in zip(rows, hindrances, strict=True)]
         for position, (row, result) in enumerate(zip(rows, results, strict=True)):
             if result.result == "alias" and row.status == "CANCELED":  # it lost its key just now
-                (hindrance,) = await insert_rows(connection, [_without_key(row)], now)
+                (hindrance,) = await insert_rows(connection, [without_key(row)], now)
                 results[position] = _materialised(row, hindrance)
         return results
 
@@ -197,59 +197,6 @@ async def _reconcile(connection: Connection, rows: Sequence[Row], results: Seque
     changed = [row for row, result in materialised if result.result == "present" and row.revision]
     if changed:
         await connection.execute(statement("amend_runs"), [row.values() for row in changed])
-
-
-def _has_outlived_its_key(row: Row, now: datetime) -> bool:
-    run = row.run
-    return (
-        run.idempotency_key is not None
-        and run.idempotency_key_expires_at is not None
-        and run.idempotency_key_expires_at <= now
-    )
-
-
-async def _let_go_of_keys(
-    connection: Connection, rows: Sequence[Row], outlived: Sequence[int]
-) -> tuple[Sequence[Row], dict[int, str]]:
-    """Rows without the keys that they outlived; and by position, the run whose alias one is all the same: it
-    has the key, and had it while that still counted.
-    """
-    runs = [rows[position].run for position in outlived]
-    records = await connection.fetch(
-        statement("look_up_outlived_keys"),
-        *key_columns(runs),
-        [run.id for run in runs],
-        [run.buffered_at or run.created_at for run in runs],
-        [run.idempotency_key_expires_at for run in runs],
-    )
-    bare = list(rows)
-    winners = {}
-    for position, record in zip(outlived, records, strict=True):
-        bare[position] = _without_key(rows[position])
-        if record["id"] is not None and rows[position].status != "CANCELED":
-            winners[position] = record["id"]
-    return bare, winners
-
-
-async def _without_lost_keys(connection: Connection, rows: Sequence[Row], now: datetime) -> Sequence[Row]:
-    """Rows, the cancelled ones without a key that another has: they stay cancelled, on their own (G10)."""
-    cancelled = [
-        position
-        for position, row in enumerate(rows)
-        if row.status == "CANCELED" and row.run.idempotency_key is not None
-    ]
-    if not cancelled:
-        return rows
-    kept = list(rows)
-    found = await look_up(connection, [rows[position].run for position in cancelled], now)
-    for position, record in zip(cancelled, found, strict=True):
-        if record["winner_id"] not in (None, rows[position].run.id):
-            kept[position] = _without_key(rows[position])
-    return kept
-
-
-def _without_key(row: Row) -> Row:
-    return row._replace(run=replace(row.run, idempotency_key=None, idempotency_key_expires_at=None))
 
 
 def _materialised(row: Row, hindrance: Hindrance) -> Materialised:

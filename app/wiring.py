@@ -27,7 +27,6 @@ from app.postgres import create_pool
 from app.redis_client import Scripts, connect
 from app.replies import RedisDesk
 from app.runs import Runs
-from app.schedule import Wake
 from app.settings import Settings
 from app.store import PostgresStore
 from app.store_health import StoreHealth
@@ -36,6 +35,7 @@ from app.streams import RequestStream
 from app.sweep import Sweep
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
+from app.wake import Wake
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,21 +55,8 @@ class AddTags(Operation, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     tags: list[Name]
 
 
-def _has_nul(json: object) -> bool:
-    if isinstance(json, dict):
-        return any(map(_has_nul, json)) or any(map(_has_nul, json.values()))
-    return any(map(_has_nul, json)) if isinstance(json, list) else isinstance(json, str) and "\0" in json
-
-
 class MetadataOperation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
-    """One change of metadata. `key` is a key of the object, or a path: `$.a.b[0]`.
-
-    A `value` with a NUL in it is refused, however deep: Postgres could not hold the run any more.
-    """
-
-    def __post_init__(self) -> None:
-        if _has_nul(getattr(self, "value", None)):
-            raise ValueError("contains a NUL character")
+    """One change of metadata. `key` is a key of the object, or a path: `$.a.b[0]`."""
 
 
 class SetKey(MetadataOperation, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="set"):

@@ -1,7 +1,8 @@
 """Fixtures: the real adapters on the run's servers."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ from app.operate import Operate
 from app.operations import TABLE
 from app.operations.scene import Scene
 from app.postgres import create_pool
-from app.redis_client import Scripts, connect
+from app.redis_client import Call, Scripts, connect
 from app.replies import RedisDesk
 from app.runs import Runs
 from app.settings import Settings
@@ -184,3 +185,19 @@ def make_drain(
         )
 
     return make
+
+
+@contextmanager
+def silence_after(scripts: Scripts, script: str) -> Iterator[None]:
+    """A script is run and its answer is lost."""
+    run = scripts.run
+
+    async def lossy(calls: Sequence[Call]) -> list[Any]:
+        answers = await run(calls)
+        if any(call.name == script for call in calls):
+            raise Unreachable("Redis: lost")
+        return answers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scripts, "run", lossy)
+        yield

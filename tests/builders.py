@@ -14,6 +14,28 @@ NOW = datetime.fromtimestamp(START_MS / 1000, UTC)
 
 _sequence = count()
 
+EVERY_OPTION: dict[str, Any] = {
+    "idempotency_key": "order-42",
+    "idempotency_key_ttl": "24h",
+    "idempotency_key_options": {"key": "order", "scope": "attempt"},
+    "delay": "2h30m",
+    "ttl": "1d",
+    "queue": "emails",
+    "concurrency_key": "user-7",
+    "worker_queue": "main",
+    "machine": "small-1x",
+    "priority": -3,
+    "max_attempts": 3,
+    "max_duration": 300,
+    "lock_to_version": "20260101.1",
+    "test": True,
+    "tags": ["b", "a", "é"],
+    "metadata": {"any": ["json", 1, None]},
+    "batch": {"id": "batch_1", "index": 4},
+    "replayed_from_run_id": "run_old",
+}
+"""Options of a trigger, all that go together."""
+
 
 def body(environment: str = "env_1", organization: str = "org_1", **changes: Any) -> dict[str, Any]:
     """The body of a trigger request."""

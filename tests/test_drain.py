@@ -34,9 +34,9 @@ from app.turns import RedisTurns
 from app.wiring import World
 from schemas.overlay import Overlay, encode_overlay
 from schemas.snapshot import Snapshot, encode_snapshot
-from tests.adapters import Pool
+from tests.adapters import Pool, silence_after
 from tests.builders import run
-from tests.test_turns import alive, silence_after
+from tests.test_turns import alive
 from tests.waiting import eventually
 from workers.drainer import LANES, Drainer
 
@@ -1051,7 +1051,7 @@ class TestKeysAndTimes:
         assert await place.redis.get(KEYS.claim(mine)) == mine.id.encode()
         taken = await bench.drain.take()
         assert await place.redis.exists(KEYS.claim(mine))
-        with silence_after(bench.turns, "settle"), pytest.raises(Unreachable):
+        with silence_after(bench.turns._scripts, "settle"), pytest.raises(Unreachable):
             await bench.drain.handle(taken)
         assert not await place.redis.exists(KEYS.claim(mine))
         done = await place.redis.hget(KEYS.environment("env_1").drain, "done")
@@ -1083,7 +1083,7 @@ class TestKeysAndTimes:
 class TestG2Nothing:
     """Nothing goes without a row, an alias or a dead letter."""
 
-    @pytest.mark.parametrize("script", ["schedule", "take", "settle", "XADD"])
+    @pytest.mark.parametrize("script", ["schedule", "take", "settle", "bury"])
     async def test_is_lost_with_an_answer_of_redis(self, place: Place, script: str) -> None:
         """The script runs, and nobody hears of it; three times."""
         bench = await place.bench(drain_batch_size=10, ack_grace_ttl_s=0)
@@ -1091,7 +1091,7 @@ class TestG2Nothing:
         await place.accept("env_1", 1, task="impossible")
         runs += await place.accept("env_1", 15)
         for _ in range(3):
-            with silence_after(bench.turns, script), suppress(Unreachable):
+            with silence_after(bench.turns._scripts, script), suppress(Unreachable):
                 await bench.drain.turn()
         await bench.dry()
         assert await place.arrived("env_1") == ids(runs)
@@ -1129,7 +1129,7 @@ class TestG2Nothing:
             if number % 10 == 0:
                 with (
                     suppress(Unreachable),
-                    silence_after(bench.turns, choose.choice(["schedule", "take", "settle"])),
+                    silence_after(bench.turns._scripts, choose.choice(["schedule", "take", "settle"])),
                 ):
                     await bench.try_turn()
 

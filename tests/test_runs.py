@@ -44,7 +44,7 @@ from app.validate import build_run
 from schemas.overlay import Overlay
 from schemas.snapshot import Snapshot
 from tests import builders
-from tests.adapters import Operator, Pool
+from tests.adapters import Operator, Pool, silence_after
 from tests.waiting import eventually
 
 ENV, ORG, TASK = "env_1", "org_1", "send-email"
@@ -937,22 +937,6 @@ class TestChanging:
         assert (await stage.row(run))["status"] == "QUEUED"
 
 
-@contextmanager
-def silence_after(operator: Operator, script: str) -> Iterator[None]:
-    """A script is run and its answer is lost."""
-    run = operator.scripts.run
-
-    async def lossy(calls: Sequence[Call]) -> list[Any]:
-        answers = await run(calls)
-        if any(call.name == script for call in calls):
-            raise Unreachable("Redis: lost")
-        return answers
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operator.scripts, "run", lossy)
-        yield
-
-
 def increments(operator: Operator, run: Snapshot, count: int, first: int = 0) -> list[Entry]:
     """Entries of operations that each leave their number behind."""
     return [
@@ -1002,7 +986,7 @@ class TestHandedOutAgain:
         run = new_run()
         await stage.accept(run)
         (entry,) = increments(operator, run, 1)
-        with silence_after(operator, "change"):
+        with silence_after(operator.scripts, "change"):
             await operator.handle([entry])
         assert operator.replies == {}, "it was answered although nobody knew"
         await operator.handle([entry._replace(deliveries=2)])

@@ -1,7 +1,6 @@
 """The buffer as drainers see it: taking, settling, putting back, taking over, forgetting. G2, G9."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from app.redis_client import Call, Scripts
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
 from schemas.snapshot import Snapshot, decode_snapshot
+from tests.adapters import silence_after
 from tests.builders import run
 
 KEYS = Keys("mollifier", 16)
@@ -38,23 +38,6 @@ async def alive(client: Redis, consumer: str, ttl_ms: int = 60_000) -> Heartbeat
     heart = Heartbeat(Scripts(client), KEYS, consumer, ttl_ms, Telemetry("test"))
     await heart.beat()
     return heart
-
-
-@contextmanager
-def silence_after(turns: RedisTurns, script: str) -> Iterator[None]:
-    """A script is run and its answer is lost."""
-    scripts = turns._scripts
-    demand = scripts.demand
-
-    async def lossy(calls: Sequence[Call]) -> list[Any]:
-        answers = await demand(calls)
-        if any(call.name == script for call in calls):
-            raise Unreachable("Redis: lost")
-        return answers
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scripts, "demand", lossy)
-        yield
 
 
 async def schedule_keys(client: Redis) -> list[Any]:
@@ -93,7 +76,7 @@ async def test_g2_a_take_of_which_nobody_knows_is_taken_again(
     runs = await accept(make_buffer, 3)
     turns = make_turns()
     for script in ("schedule", "take", "settle"):
-        with silence_after(turns, script), pytest.raises(Unreachable):
+        with silence_after(turns._scripts, script), pytest.raises(Unreachable):
             await turns.settle(await turns.take(9), [])
         if script != "settle":
             taken = await turns.take(9)

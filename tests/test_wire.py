@@ -17,6 +17,7 @@ import pytest
 from faststream.redis import RedisBroker
 from redis.asyncio import Redis
 
+from tests.builders import EVERY_OPTION
 from tests.processes import TRIPS_AT_TWO, Stage, Workers, staged
 from tests.producer import (
     ENVELOPES,
@@ -425,26 +426,6 @@ class TestDeadLetters:
 
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-EVERY_OPTION: dict[str, Any] = {
-    "idempotency_key": "order-42",
-    "idempotency_key_ttl": "24h",
-    "idempotency_key_options": {"key": "order", "scope": "attempt"},
-    "delay": "2h30m",
-    "ttl": "1d",
-    "queue": "emails",
-    "concurrency_key": "user-7",
-    "worker_queue": "main",
-    "machine": "small-1x",
-    "priority": -3,
-    "max_attempts": 3,
-    "max_duration": 300,
-    "lock_to_version": "20260101.1",
-    "test": True,
-    "tags": ["b", "a", "é"],
-    "metadata": {"any": ["json", 1, None]},
-    "batch": {"id": "batch_1", "index": 4},
-    "replayed_from_run_id": "run_old",
-}
 MAY_DIFFER = ("buffered_at", "materialised_at", "updated_at")
 
 

@@ -2,8 +2,10 @@
 
 import random
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
+from tests.builders import EVERY_OPTION
 from tests.fuzz.entries import Body, Tenant
 
 MAX_PAYLOAD, MAX_METADATA, MAX_TAGS = 20_000, 10_000, 10
@@ -24,26 +26,14 @@ def trigger(rng: random.Random, tenant: Tenant, number: int) -> Body:
         "payload": {"of": tenant.secret, "list": [1, 2.5, "ü", None]},
         "payload_type": "application/json",
         "options": {
+            **deepcopy(EVERY_OPTION),
             "run_id": f"run_{tenant.name}-{number}",
             "idempotency_key": f"{tenant.name} {number}",
-            "idempotency_key_ttl": "24h",
-            "idempotency_key_options": {"key": "order", "scope": "attempt"},
-            "delay": "2h30m",
-            "ttl": "1d",
-            "queue": "emails",
-            "concurrency_key": "user-7",
-            "worker_queue": "main",
-            "machine": "small-1x",
             "priority": 3,
-            "max_attempts": 3,
-            "max_duration": 300,
-            "lock_to_version": "20260101.1",
             "test": False,
             "tags": [tenant.secret, "é"],
             "metadata": {"of": tenant.secret, "count": 0, "list": []},
             "resume_parent_on_completion": False,
-            "batch": {"id": "batch_1", "index": 4},
-            "replayed_from_run_id": "run_old",
         },
         "trace_context": {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"},
         "deadline": "2100-01-01T00:00:00Z",
