@@ -1180,6 +1180,8 @@ class TestG2Nothing:
         monkeypatch.setattr(turns._scripts, "demand", demand)
         second = await turns.take(20)
         await turns.put_back(first, apart=False)
+        drain = KEYS.environment("env_1").drain
+        assert await place.redis.hget(drain, "holder") == b"drainer-1", "the second hold goes on"
         third = await turns.take(20)
         await self._settle_in_turn(place, turns, second, third)
 
