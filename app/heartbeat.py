@@ -50,6 +50,15 @@ class Heartbeat:
             self._renewed = now
         return self._life
 
+    async def renew(self) -> None:
+        """See to it that at least half of this life is left, for what is about to be written.
+
+        Raises:
+            Unreachable: Redis cannot be reached, or refuses.
+        """
+        if self._clock() - self._renewed >= self._ttl_ms / 2000:
+            await self.beat()
+
     async def beat(self) -> None:
         """Renew the key once.
 

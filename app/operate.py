@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from app.batch import Answer, Batch, DeadLetter, Entry, Item
 from app.decode import Decode, read_operation
 from app.errors import InternalError, RequestError, Unreachable
-from app.fence import Fence
+from app.fence import Fence, Heart
 from app.operations.scene import Perform, Scene, Turn, tenancy_of
 from app.ports import Desk, Reservations
 from app.respond import Respond
@@ -33,15 +33,15 @@ class Operate:
         desk: Desk,
         settings: Settings,
         telemetry: Telemetry,
-        life: Callable[[], int] = lambda: 0,
+        heart: Heart,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._table = table
         self._scene = scene
         self._decode = Decode(settings, read_operation)
         self._respond = Respond(reservations, desk, settings, telemetry)
-        self._fence = Fence(life, telemetry)
-        self._life = life
+        self._fence = Fence(heart, telemetry)
+        self._heart = heart
         self._most_deliveries = settings.max_deliveries
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._telemetry = telemetry
@@ -53,7 +53,7 @@ class Operate:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        batch = Batch([Item(entry, life=self._life()) for entry in entries], self._clock())
+        batch = Batch([Item(entry, life=self._heart.life()) for entry in entries], self._clock())
         with self._telemetry.stage("decode"):
             await self._decode(batch)
         with self._telemetry.stage("perform"):

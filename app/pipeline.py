@@ -13,7 +13,7 @@ from app.batch import Batch, Entry, Item
 from app.decide import Decide
 from app.decode import Decode
 from app.deduplicate import Deduplicate
-from app.fence import Fence
+from app.fence import Fence, Heart
 from app.ports import Buffer, Claims, Desk, RateGate, Reservations, Store
 from app.recall import Recall
 from app.relate import Relate
@@ -47,11 +47,11 @@ class Pipeline:
         health: StoreHealth,
         settings: Settings,
         telemetry: Telemetry,
-        life: Callable[[], int] = lambda: 0,
+        heart: Heart,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.waiting_room = WaitingRoom(claims, self.resume, settings, telemetry)
-        wait, fence = self.waiting_room.admit, Fence(life, telemetry)
+        wait, fence = self.waiting_room.admit, Fence(heart, telemetry)
         self._steps: Sequence[tuple[str, Step]] = (
             ("decode", Decode(settings)),
             ("validate", Validate(settings)),
@@ -67,7 +67,7 @@ class Pipeline:
         )
         self._steps_after_waiting = [step for step in self._steps if step[0] not in _BEFORE_WAITING]
         self._telemetry = telemetry
-        self._life = life
+        self._heart = heart
         self._clock = clock
 
     async def handle(self, entries: Sequence[Entry]) -> None:
@@ -76,7 +76,7 @@ class Pipeline:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        await self._run(self._steps, [Item(entry, life=self._life()) for entry in entries])
+        await self._run(self._steps, [Item(entry, life=self._heart.life()) for entry in entries])
 
     async def resume(self, items: Sequence[Item]) -> None:
         """Take requests on that waited for their idempotency keys; they may come to wait again.

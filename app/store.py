@@ -194,9 +194,10 @@ async def _reconcile(connection: Connection, rows: Sequence[Row], results: Seque
     ]
     for change in merged:
         await connection.execute(statement("merge_into_winner"), *change)
-    changed = [row for row, result in materialised if result.result == "present" and row.revision]
+    changed = [row.values() for row, result in materialised if result.result == "present" and row.revision]
     if changed:
-        await connection.execute(statement("amend_runs"), [row.values() for row in changed])
+        await connection.execute(statement("amend_runs"), changed)
+        await connection.execute(statement("merge_runs"), changed)
 
 
 def _materialised(row: Row, hindrance: Hindrance) -> Materialised:

@@ -114,7 +114,7 @@ class World:
             desk=RedisDesk(self.scripts, self.keys, self.keys.operations),
             settings=self.settings,
             telemetry=self.telemetry,
-            life=self.heartbeat.life,
+            heart=self.heartbeat,
         )
 
     def pipeline(self) -> Pipeline:
@@ -129,7 +129,7 @@ class World:
             health=StoreHealth(self.settings, time.monotonic),
             settings=self.settings,
             telemetry=self.telemetry,
-            life=self.heartbeat.life,
+            heart=self.heartbeat,
         )
 
     def turns(self) -> RedisTurns:

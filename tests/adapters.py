@@ -30,6 +30,7 @@ from app.store import PostgresStore
 from app.stored_runs import PostgresStoredRuns
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
+from tests.fakes import FakeHeart
 
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 
@@ -94,6 +95,7 @@ class Operator:
             desk=self,
             settings=self.settings,
             telemetry=Telemetry("test"),
+            heart=FakeHeart(),
             clock=self.clock,
         )
         await operate.handle(entries)

@@ -22,6 +22,18 @@ from schemas.snapshot import Snapshot
 Key = tuple[str, str, str | None]
 
 
+class FakeHeart:
+    """A process' heart; `lives` is how many it has had."""
+
+    lives = 0
+
+    def life(self) -> int:
+        return self.lives
+
+    async def renew(self) -> None:
+        """As `fence.Heart`."""
+
+
 class FakeGate:
     """Lets the first `passes` requests of each environment pass."""
 

@@ -49,6 +49,33 @@ async def test_who_was_silent_for_too_long_has_another(heart: Heartbeat, clock: 
     assert len({first, second, heart.life()}) == 3
 
 
+async def test_what_is_about_to_be_written_has_half_a_life(heart: Heartbeat, clock: Clock) -> None:
+    """G3: it is renewed for that before half of it is over, and is another if it was over."""
+    first = heart.life()
+    clock.now += 2.4
+    await heart.renew()
+    clock.now += 2.5
+    await heart.renew()
+    clock.now += 4.9
+    assert heart.life() == first
+    clock.now += 2.5
+    await heart.renew()
+    assert heart.life() != first
+
+
+async def test_who_cannot_renew_its_life_is_told(
+    heart: Heartbeat, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(calls: list[Call]) -> None:
+        raise Unreachable("Redis: gone")
+
+    monkeypatch.setattr(heart._scripts, "demand", gone)
+    await heart.renew()
+    clock.now += 2.5
+    with pytest.raises(Unreachable):
+        await heart.renew()
+
+
 async def test_a_beat_counts_from_when_it_was_sent(
     heart: Heartbeat, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ from app.turns import RedisTurns
 from app.wiring import World
 from schemas.snapshot import Snapshot, decode_snapshot
 from tests.builders import NOW, body
-from tests.fakes import FakeGate
+from tests.fakes import FakeGate, FakeHeart
 
 Tenant = tuple[str, str]
 Key = tuple[str, str, str, str]
@@ -470,6 +470,7 @@ class Model(RuleBasedStateMachine):
             health=StoreHealth(world.settings, lambda: self.now.timestamp()),
             settings=world.settings,
             telemetry=world.telemetry,
+            heart=FakeHeart(),
             clock=lambda: self.now,
         )
 

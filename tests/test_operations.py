@@ -430,7 +430,7 @@ async def locked(database_url: str, lock: str) -> AsyncIterator[None]:
     connection = await asyncpg.connect(database_url)
     try:
         async with connection.transaction():
-            await connection.execute(lock)
+            await connection.execute(lock, timeout=10)
             yield
     finally:
         await connection.close()
@@ -821,6 +821,7 @@ class TestOutages:
         producer, environment = stage.producer, new_environment()
         stored = (await producer.ask(request(environment, enrolled=False)))["run"]["friendly_id"]
         await producer.trip(environment)
+        await stage.rows(environment, count=4)  # a drainer that stands still in a statement keeps its locks
         with undrained(stage):
             (buffered,) = await mollified(producer, environment, 1)
             asked = [stored, buffered, "run_nowhere"] * 20

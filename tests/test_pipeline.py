@@ -16,7 +16,7 @@ from app.settings import Settings
 from app.store_health import StoreHealth
 from app.telemetry import Telemetry
 from tests.builders import START_MS, body, entry, run
-from tests.fakes import FakeBuffer, FakeClaims, FakeDesk, FakeGate, FakeStore
+from tests.fakes import FakeBuffer, FakeClaims, FakeDesk, FakeGate, FakeHeart, FakeStore
 
 NOW = datetime.fromtimestamp(START_MS / 1000, UTC) + timedelta(milliseconds=5)
 PREFIX = "mollifier:reply:"
@@ -31,7 +31,7 @@ class World:
         self.settings = Settings.model_validate(changes)
         self.telemetry = Telemetry("test")
         self.now = NOW
-        self.life = 0
+        self.heart = FakeHeart()
         self.pipeline = Pipeline(
             gate=self.gate,
             buffer=self.buffer,
@@ -42,7 +42,7 @@ class World:
             health=StoreHealth(self.settings),
             settings=self.settings,
             telemetry=self.telemetry,
-            life=lambda: self.life,
+            heart=self.heart,
             clock=lambda: self.now,
         )
 
@@ -188,7 +188,7 @@ def lapse_after(world: World, owner: object, name: str, monkeypatch: pytest.Monk
 
     async def slow(*arguments: Any) -> Any:
         result = await step(*arguments)
-        world.life += 1
+        world.heart.lives += 1
         monkeypatch.undo()
         return result
 
@@ -226,7 +226,7 @@ async def test_g3_who_waited_for_a_key_while_its_process_was_taken_for_dead_is_n
     world.claims.values[key] = "pending:another"
     assert await world.handle(entry(body(options={"idempotency_key": "k"}))) == []
     del world.claims.values[key]
-    world.life += 1
+    world.heart.lives += 1
     assert await world.tick() == []
     assert world.store.rows == {}
 

@@ -20,6 +20,7 @@ from app.store_health import StoreHealth
 from app.telemetry import Telemetry
 from tests.adapters import Pool
 from tests.builders import body, entry
+from tests.fakes import FakeHeart
 
 MOST_TRIPS = 7
 """recall, claim, gate, accept, settle, respond, release: with keys and chosen ids, all that there is."""
@@ -52,6 +53,7 @@ async def test_a_batch_costs_as_many_round_trips_as_one_request(
         health=StoreHealth(settings),
         settings=settings,
         telemetry=Telemetry("test"),
+        heart=FakeHeart(),
         clock=lambda: datetime.now(UTC),
     )
 

@@ -1158,6 +1158,44 @@ class TestAmending:
         await stage.drain_all()
         assert (await stage.row(run))["tags"] == ["x"]
 
+    @pytest.mark.parametrize("kind", CHANGE_KINDS)
+    async def test_g11_what_was_changed_on_the_row_and_then_in_the_buffer(
+        self, stage: Stage, operator: Operator, no_store: PostgresStoredRuns, kind: str
+    ) -> None:
+        """Found in Postgres first, and in the buffer while Postgres was away: both changes are kept."""
+        run = new_run(delay_until=now() + HOUR, tags=("a",), metadata=b'{"n":1}')
+        await self.write_late(stage, run)
+        for tag in ("x", "y"):
+            assert (await changed(operator, "run.add_tags", run, tags=[tag]))["is_buffered"] is False
+        setting = [{"type": "set", "key": "row", "value": 1}]
+        await changed(operator, "run.update_metadata", run, operations=setting)
+        operator.runs = Runs(no_store, operator.buffered, 1)
+        in_buffer = await changed(operator, kind, run, **KINDS[kind])
+        assert in_buffer["is_buffered"] is True
+        operator.runs = Runs(operator.stored, operator.buffered, 1)
+        await stage.drain_all()
+        shown = (await ask(operator, "run.retrieve", run))["run"]
+        assert shown["tags"][:3] == ["a", "x", "y"]
+        assert set(in_buffer["tags"]) <= set(shown["tags"])
+        assert shown["metadata"] == {"row": 1, **in_buffer["metadata"]}
+        same = ("status", "delay_until", "cancelled_at", "cancel_reason")
+        assert {name: shown[name] for name in same} == {name: in_buffer[name] for name in same}
+
+    async def test_g11_what_was_changed_apart_is_brought_together_once(
+        self, stage: Stage, operator: Operator, no_store: PostgresStoredRuns
+    ) -> None:
+        run = new_run()
+        await self.write_late(stage, run)
+        await changed(operator, "run.add_tags", run, tags=["x"])
+        operator.runs = Runs(no_store, operator.buffered, 1)
+        await changed(operator, "run.add_tags", run, tags=["y"])
+        await stage.put_back(taken := await stage.take())
+        await stage.write(taken)
+        first = await stage.row(run)
+        await stage.drain_all()
+        assert await stage.row(run) == first
+        assert (first["tags"], first["revision"], len(first["applied"])) == (["x", "y"], 2, 2)
+
     async def test_a_run_that_has_started_is_left_alone(
         self, stage: Stage, operator: Operator, no_store: PostgresStoredRuns
     ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from tests.chaos.evidence import Happened, Story, Violation
 from tests.chaos.faults import KINDS
 from tests.chaos.probes import recovery
+from tests.chaos.rules.ends import missed
 from tests.chaos.storm import Outcome
 
 
@@ -23,6 +24,7 @@ def figures(outcome: Outcome, violations: Sequence[Violation]) -> str:
         f"| operations sent | {len(attempts) - len(triggers):,} |",
         f"| replies | {len(replies):,} |",
         f"| answered twice or more | {sum(len(one.replies) > 1 for one in attempts):,} |",
+        f"| replies that were missed, as their producers were deaf | {missed(story):,} |",
         f"| runs in Postgres | {len(story.end.rows):,} |",
         f"| of these through the buffer | {sum(bool(row['buffered_at']) for row in story.end.rows):,} |",
         f"| aliases | {len(story.end.aliases):,} |",

@@ -11,7 +11,7 @@ from faststream.redis import RedisBroker
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import MaxConnectionsError, RedisError, ResponseError
 
 from tests.chaos.journal import Attempt, Journal, Reply
 from tests.producer import plain
@@ -129,14 +129,8 @@ class FastStreamPost:
     makes_up_channels = True
 
     def __init__(self, redis_url: str, producer: str, journal: Journal) -> None:
-        self._broker = RedisBroker(
-            redis_url,
-            apply_types=False,
-            retry=Retry(NoBackoff(), 0),
-            socket_timeout=_ANSWER_S,
-            socket_connect_timeout=_ANSWER_S,
-            logger=logging.getLogger("post"),
-        )
+        self._redis_url = redis_url
+        self._broker = self._new_broker()
         self._journal = journal
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._replies: dict[str, Reply] = {}
@@ -147,12 +141,20 @@ class FastStreamPost:
             await self._connect()
 
             async def request() -> None:
-                message = await self._broker.request(
-                    attempt.body,
-                    stream=f"mollifier:{attempt.stream}",
-                    correlation_id=attempt.name,
-                    timeout=_ANSWER_S,
-                )
+                broker = self._broker
+                try:
+                    message = await broker.request(
+                        attempt.body,
+                        stream=f"mollifier:{attempt.stream}",
+                        correlation_id=attempt.name,
+                        timeout=_ANSWER_S,
+                    )
+                except MaxConnectionsError:
+                    # A request that breaks keeps its connection, until there are none left.
+                    if broker is self._broker:
+                        self._broker = self._new_broker()
+                        await broker.stop()
+                    raise
                 reply = await message.decode()
                 assert isinstance(reply, dict), reply
                 self._journal.told(attempt.name, reply)
@@ -166,6 +168,16 @@ class FastStreamPost:
 
     async def close(self) -> None:
         await self._broker.stop()
+
+    def _new_broker(self) -> RedisBroker:
+        return RedisBroker(
+            self._redis_url,
+            apply_types=False,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=_ANSWER_S,
+            socket_connect_timeout=_ANSWER_S,
+            logger=logging.getLogger("post"),
+        )
 
     async def _connect(self) -> None:
         while True:

@@ -400,6 +400,16 @@ def _unanswered_run(story: Story) -> None:
     find(story, "p1-1").replies.clear()
 
 
+def _silence_without_run(story: Story) -> None:
+    _, attempt = one_more(story, "p1-19", 9, "silent")
+    attempt.reply_to = None
+
+
+def _unanswered_long_before_it_was_deaf(story: Story) -> None:
+    _unanswered(story)
+    story.record.deaf.append(("p1", NOW + 60, NOW + 61))
+
+
 def _never_answered(story: Story) -> None:
     find(story, "p1-2").replies.clear()
     find(story, "p1-2").is_repeated = True
@@ -479,6 +489,8 @@ PLANTS: list[tuple[Rule, Plant]] = [
     (tenants.others_are_not_there, _foreign_is_shown),
     (ends.every_request_is_answered, _unanswered),
     (ends.every_request_is_answered, _unanswered_run),
+    (ends.every_request_is_answered, _silence_without_run),
+    (ends.every_request_is_answered, _unanswered_long_before_it_was_deaf),
     (ends.every_request_is_answered, _never_answered),
     (ends.nothing_is_left, _pending),
     (ends.nothing_is_left, _claim_left),
@@ -492,6 +504,14 @@ PLANTS: list[tuple[Rule, Plant]] = [
 
 def test_nothing_is_found_where_all_is_well() -> None:
     assert report(check(told())) == "no violations"
+
+
+def test_a_reply_that_came_while_its_producer_was_deaf_is_missed() -> None:
+    story = told()
+    _unanswered(story)
+    story.record.deaf.append(("p1", NOW + 9, NOW + 10))
+    assert report(check(story)) == "no violations"
+    assert ends.missed(story) == 1
 
 
 @pytest.mark.parametrize(("rule", "plant"), PLANTS, ids=lambda one: one.__name__.strip("_"))

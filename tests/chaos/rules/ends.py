@@ -13,10 +13,28 @@ _MAY_STAY = re.compile(
 """Streams with their groups, counters that run out, and what the drain remembers of organizations."""
 
 _LOST_REPLY_S = 1.0
+_UNNOTICED_S = 3.0
+"""How long a producer may have been deaf before it noticed: its pings were not answered for so long."""
+
+_ANSWERED_WITHIN_S = 20.0
 
 
 def every_request_is_answered(story: Story) -> Iterator[Violation]:
-    """Every request has a reply, or a dead letter, or a run whose reply came while its producer was deaf."""
+    """Every request has a reply, or a dead letter, or its reply may have come while its producer was deaf."""
+    for request, attempts in _unheard(story):
+        if not _may_have_missed(story, attempts):
+            detail = f"neither answered nor set aside: {attempts[0].kind}"
+            yield Violation("every request is answered", request, detail)
+    yield from _unrepeatable(story)
+
+
+def missed(story: Story) -> int:
+    """Requests whose only reply came, as we take it, while their producers were deaf."""
+    return sum(_may_have_missed(story, attempts) for _, attempts in _unheard(story))
+
+
+def _unheard(story: Story) -> Iterator[tuple[str, list[Attempt]]]:
+    """Requests that Redis had and nobody heard of again, with their attempts."""
     buried = {letter.get("id") for letter in story.end.dead_letters}
     bodies = [letter.get("body", "") + letter.get("__data__", "") for letter in story.end.dead_letters]
     for request, attempts in story.by_request.items():
@@ -29,14 +47,8 @@ def every_request_is_answered(story: Story) -> Iterator[Violation]:
             continue
         if all(attempt.fate == "unsure" for attempt in appended):
             continue  # perhaps Redis never had it
-        if request in story.rows_of and (attempts[0].kind == "silent" or _may_have_missed(story, appended)):
-            continue
-        if attempts[0].stream == "operations" and _may_have_missed(story, appended):
-            continue  # what came of it is checked by the rules about changes
-        yield Violation(
-            "every request is answered", request, f"neither answered nor set aside: {attempts[0].kind}"
-        )
-    yield from _unrepeatable(story)
+        if attempts[0].kind != "silent" or request not in story.rows_of:
+            yield request, appended
 
 
 def _unrepeatable(story: Story) -> Iterator[Violation]:
@@ -53,11 +65,17 @@ def _unrepeatable(story: Story) -> Iterator[Violation]:
 
 def _may_have_missed(story: Story, attempts: list[Attempt]) -> bool:
     """Whether the producer could not hear for a time in which a reply may have come."""
+    if attempts[0].kind == "silent":
+        return False
     first = min(attempt.sending_at for attempt in attempts)
+    last = max(attempt.sending_at for attempt in attempts)
     producer = attempts[0].producer
     hears_all = any(attempt.reply_to is not None for attempt in attempts)
     return not hears_all or any(
-        name == producer and end + _LOST_REPLY_S >= first for name, _, end in story.record.deaf
+        name == producer
+        and begin - _UNNOTICED_S <= last + _ANSWERED_WITHIN_S
+        and end + _LOST_REPLY_S >= first
+        for name, begin, end in story.record.deaf
     )
 
 
