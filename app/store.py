@@ -185,8 +185,6 @@ async def _reconcile(connection: Connection, rows: Sequence[Row], results: Seque
         for row, result in materialised
         if result.winner_id is not None
     ]
-    if aliases:
-        await connection.execute(statement("insert_aliases"), *zip(*aliases, strict=True))
     merged = [
         (row.run.id, result.winner_id, row.run.tags, (row.run.metadata or b"null").decode())
         for row, result in materialised
@@ -194,6 +192,8 @@ async def _reconcile(connection: Connection, rows: Sequence[Row], results: Seque
     ]
     for change in merged:
         await connection.execute(statement("merge_into_winner"), *change)
+    if aliases:  # last: once it is one, a run counts as done
+        await connection.execute(statement("insert_aliases"), *zip(*aliases, strict=True))
     changed = [row.values() for row, result in materialised if result.result == "present" and row.revision]
     if changed:
         await connection.execute(statement("amend_runs"), changed)

@@ -179,6 +179,39 @@ async def test_materialising_is_repeatable_and_lost_keys_become_aliases(
     assert await store.recall([loser]) == [Answer(loser.id, loser.span_id, None, is_mollified=True)]
 
 
+@pytest.mark.parametrize(
+    ("breaks", "mends"),
+    [
+        (
+            "CREATE FUNCTION mollifier.refuse() RETURNS trigger LANGUAGE plpgsql AS"
+            " $$BEGIN RAISE 'not now'; END$$;"
+            " CREATE TRIGGER refuse BEFORE UPDATE ON mollifier.runs EXECUTE FUNCTION mollifier.refuse()",
+            "DROP FUNCTION mollifier.refuse CASCADE",
+        ),
+        (
+            "ALTER TABLE mollifier.run_aliases ADD CONSTRAINT refuse CHECK (false)",
+            "ALTER TABLE mollifier.run_aliases DROP CONSTRAINT refuse",
+        ),
+    ],
+    ids=["before the winner has its changes", "before it is an alias"],
+)
+async def test_g11_cut_off_on_the_way_to_an_alias_its_changes_are_its_winners_in_the_end(
+    store: PostgresStore, pool: Pool, breaks: str, mends: str
+) -> None:
+    winner, loser = run(idempotency_key="k"), run(idempotency_key="k", tags=("late",))
+    await store.insert([winner], NOW)
+    row = Row(loser, "QUEUED", revision=1, applied=("1-0",))
+    await pool.execute(breaks)
+    with pytest.raises(asyncpg.PostgresError):
+        await store.materialise([row], NOW)
+    await pool.execute(mends)
+    for _ in range(2):
+        await store.materialise([row], NOW)
+        tags = await pool.fetchval("SELECT tags FROM mollifier.runs WHERE id = $1", winner.id)
+        assert tags == ["late"]
+    assert await pool.fetchval("SELECT run_id FROM mollifier.run_aliases") == winner.id
+
+
 async def test_postgres_away_is_unavailable_not_refused() -> None:
     pool = await create_pool("postgresql://postgres@127.0.0.1:1/nothing", 1.0)
     away = PostgresStore(pool, Settings.model_validate({}))

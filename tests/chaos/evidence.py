@@ -97,6 +97,16 @@ class Story:
             found[marker(row) or ""].append(row)
         return dict(found)
 
+    @cached_property
+    def told_first(self) -> dict[str, list[tuple[Attempt, float]]]:
+        """By run, the attempts that were told that it is theirs, and when."""
+        found: defaultdict[str, list[tuple[Attempt, float]]] = defaultdict(list)
+        for attempt in self.attempts:
+            for told in attempt.told("run"):
+                if not told.reply["is_cached"]:
+                    found[told.reply["run"]["id"]].append((attempt, told.at))
+        return dict(found)
+
     def resolve(self, run_id: str) -> Row | None:
         """The row of an id, or the row that it stands for."""
         alias = self.aliases.get(run_id)

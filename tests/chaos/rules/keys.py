@@ -53,14 +53,14 @@ def _rows_by_key(story: Story, keyed: dict[Key, list[Attempt]]) -> dict[Key, lis
     for key, attempts in keyed.items():
         requests = {attempt.request for attempt in attempts}
         rows = [row for request in requests for row in story.rows_of.get(request, [])]
-        found[key] = sorted(rows, key=_accepted_at)
+        found[key] = sorted(rows, key=lambda row: _accepted_at(story, row))
     return found
 
 
-def _accepted_at(row: Row) -> float:
+def _accepted_at(story: Story, row: Row) -> float:
     """`buffered_at` is by the clock of a worker, which may have jumped; the other times are the servers'."""
     at: datetime = min(row["buffered_at"] or row["materialised_at"], row["materialised_at"])
-    return seconds(max(at, row["created_at"]))
+    return min(seconds(max(at, row["created_at"])), _accepted_by(story, row))
 
 
 def _accepted_by(story: Story, row: Row) -> float:
@@ -83,7 +83,7 @@ def one_run_per_key(story: Story) -> Iterator[Violation]:
                     "one run per key",
                     f"{key}",
                     f"{first['id']} ({first['status']}) and {second['id']} ({second['status']}),"
-                    f" accepted {_accepted_at(first):.3f} and {_accepted_at(second):.3f}",
+                    f" accepted {_accepted_at(story, first):.3f} and {_accepted_at(story, second):.3f}",
                 )
 
 
@@ -153,19 +153,23 @@ def _was_live(
 
 
 def _key_expiry(story: Story, row: Row) -> float | None:
-    """When the key of a row ended by what its request asked for; None: not within the storm."""
+    """When the key of a row ended at the latest; None: not within the storm.
+
+    Its claim lives as long from when the buffer has it as it would have from when it was to be buffered.
+    """
     attempts = story.by_request.get(marker(row) or "")
     life = attempts[0].options.get("idempotency_key_ttl", "30d") if attempts else "30d"
-    return seconds(row["created_at"]) + float(life[:-1]) if life.endswith("s") else None
+    if not life.endswith("s"):
+        return None
+    accepted = _accepted_by(story, row) if row["buffered_at"] else 0.0
+    return max(seconds(row["created_at"]), accepted) + float(life[:-1])
 
 
 def _alias_key_expiry(story: Story, run_id: str) -> float | None:
     """When the key of a run ended at the latest that became an alias; None: not within the storm."""
     ends = [
-        told.at + float(life[:-1])
-        for attempt in story.attempts
-        for told in attempt.told("run")
-        if told.reply["run"]["id"] == run_id and not told.reply["is_cached"]
+        told_at + float(life[:-1])
+        for attempt, told_at in story.told_first.get(run_id, ())
         if (life := attempt.options.get("idempotency_key_ttl", "30d")).endswith("s")
     ]
     return max(ends, default=None)
