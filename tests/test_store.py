@@ -185,7 +185,8 @@ async def test_materialising_is_repeatable_and_lost_keys_become_aliases(
         (
             "CREATE FUNCTION mollifier.refuse() RETURNS trigger LANGUAGE plpgsql AS"
             " $$BEGIN RAISE 'not now'; END$$;"
-            " CREATE TRIGGER refuse BEFORE UPDATE ON mollifier.runs EXECUTE FUNCTION mollifier.refuse()",
+            " CREATE TRIGGER refuse BEFORE UPDATE ON mollifier.runs"
+            " FOR EACH ROW EXECUTE FUNCTION mollifier.refuse()",
             "DROP FUNCTION mollifier.refuse CASCADE",
         ),
         (
