@@ -2,10 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check chaos fuzz fmt clean
+.PHONY: help setup demo dev test check bench bench-quick chaos fuzz fmt clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .venv/.ready ## Make .venv with everything: tools, Valkey and Postgres included
 
@@ -34,6 +34,16 @@ check: .venv/.ready ## Check format, lint, imports and types, then run the tests
 	@$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
+bench: .venv/.ready bench/node/node_modules ## Measure ours beside others (10 minutes), and write docs/benchmarks.md
+	@$(BIN)/python -m bench --write docs/benchmarks.md
+
+bench-quick: .venv/.ready bench/node/node_modules ## The mollify path and the drain alone (1 minute)
+	@$(BIN)/python -m bench --only mollify,drain --share 0.5
+
+# Without npm the comparison that needs it says that it was not measured.
+bench/node/node_modules: bench/node/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix bench/node --silent --no-audit --no-fund && touch $@; fi
+
 chaos: .venv/.ready ## A storm with faults of SECONDS (600), seeded by SEED (1)
 	@$(BIN)/python -m tests.chaos.run --seed $(or $(SEED),1) --seconds $(or $(SECONDS),600)
 
@@ -45,5 +55,5 @@ fmt: .venv/.ready ## Format the code and repair what ruff can
 	@$(BIN)/ruff check --fix .
 
 clean: ## Remove .venv, caches and the data of `make dev`
-	@rm -rf .venv .mollifier build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .mollifier bench/node/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
