@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from app.errors import RequestError
+from app.switches import Switches
 from schemas.operations import OperationRequest
 from schemas.replies import KeyResetReply, RunDetailsReply, RunListReply
 from schemas.requests import TriggerRequest
@@ -138,10 +139,14 @@ class Item:
 
 @dataclass(slots=True)
 class Batch:
-    """Requests that are handled together. `now` is the time they count as handled at, in UTC."""
+    """Requests that are handled together. `now` is the time they count as handled at, in UTC.
+
+    All steps go by the same `switches`, whatever operators decide meanwhile.
+    """
 
     items: Sequence[Item]
     now: datetime
+    switches: Switches
 
     def open(self) -> Iterator[Item]:
         """The items that no step has settled yet."""

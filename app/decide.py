@@ -12,6 +12,7 @@ from app.errors import GateUnavailable
 from app.ports import RateGate
 from app.settings import Settings
 from app.store_health import StoreHealth
+from app.switches import Switches
 from app.telemetry import Telemetry
 from schemas.requests import TriggerRequest
 
@@ -22,79 +23,80 @@ class Decide:
     def __init__(self, gate: RateGate, health: StoreHealth, settings: Settings, telemetry: Telemetry) -> None:
         self._gate = gate
         self._health = health
-        self._settings = settings
+        self._divert = settings.divert_on_store_failure
         self._telemetry = telemetry
 
     async def __call__(self, batch: Batch) -> None:
         asked = []
         for item in batch.open():
             assert item.request is not None
-            item.decision = self._without_asking(item.request)
+            item.decision = self._without_asking(item.request, batch.switches)
             if item.decision is None:
                 asked.append(item)
         if asked:
-            await self._ask(asked)
+            await self._ask(asked, batch.switches)
 
-    def _without_asking(self, request: TriggerRequest) -> Decision | None:
-        settings = self._settings
-        if not settings.enabled:
+    def _without_asking(self, request: TriggerRequest, switches: Switches) -> Decision | None:
+        if not switches.enabled:
             return Decision(Outcome.PASS_THROUGH, "disabled")
-        enrolled = is_enrolled(request, settings)
+        enrolled = is_enrolled(request, switches)
         bypass = bypass_reason(request)
         if bypass is not None:
             return Decision(Outcome.PASS_THROUGH, bypass, enrolled)
-        if not enrolled and not settings.shadow_mode:
+        if not enrolled and not switches.shadow_mode:
             return Decision(Outcome.PASS_THROUGH, "not_enrolled")
-        if enrolled and not settings.shadow_mode and settings.divert_on_store_failure:
+        if enrolled and not switches.shadow_mode and self._divert:
             trouble = self._health.trouble()
             if trouble is not None:
                 return Decision(Outcome.MOLLIFY, trouble, enrolled)
         return None
 
-    async def _ask(self, items: Sequence[Item]) -> None:
-        environments = [_environment_id(item) for item in items]
+    async def _ask(self, items: Sequence[Item], switches: Switches) -> None:
+        tenants = [_tenant(item) for item in items]
+        environments = [environment for environment, _ in tenants]
         try:
-            admission = await self._gate.admit(Counter(environments))
+            admission = await self._gate.admit(Counter(environments), rates=switches.rates(tenants))
         except GateUnavailable as error:
             self._telemetry.gate_failed(error)
             for item in items:
-                item.decision = self._decision(item, "gate_unavailable", is_over=False)
+                item.decision = _decision(item, switches, "gate_unavailable", is_over=False)
             return
         left, fleet_left = dict(admission.by_environment), admission.fleet
         for item, environment in zip(items, environments, strict=True):
             if left[environment] <= 0:
-                item.decision = self._decision(item, "per_env_rate", is_over=True)
+                item.decision = _decision(item, switches, "per_env_rate", is_over=True)
             elif fleet_left <= 0:
-                item.decision = self._decision(item, "global_rate", is_over=True)
+                item.decision = _decision(item, switches, "global_rate", is_over=True)
             else:
-                item.decision = self._decision(item, "within_rate", is_over=False)
+                item.decision = _decision(item, switches, "within_rate", is_over=False)
             left[environment] -= 1
             fleet_left -= 1
 
-    def _decision(self, item: Item, reason: str, *, is_over: bool) -> Decision:
-        assert item.request is not None
-        enrolled = is_enrolled(item.request, self._settings)
-        may_divert = enrolled and not self._settings.shadow_mode
-        if not is_over:
-            return Decision(Outcome.PASS_THROUGH, reason, enrolled, may_divert)
-        return Decision(Outcome.MOLLIFY if may_divert else Outcome.SHADOW, reason, enrolled)
+
+def _decision(item: Item, switches: Switches, reason: str, *, is_over: bool) -> Decision:
+    assert item.request is not None
+    enrolled = is_enrolled(item.request, switches)
+    may_divert = enrolled and not switches.shadow_mode
+    if not is_over:
+        return Decision(Outcome.PASS_THROUGH, reason, enrolled, may_divert)
+    return Decision(Outcome.MOLLIFY if may_divert else Outcome.SHADOW, reason, enrolled)
 
 
-def may_be_mollified(item: Item, settings: Settings) -> bool:
+def may_be_mollified(item: Item, switches: Switches) -> bool:
     """Whether the gate could ever mollify a request: only then does its key have to be claimed."""
     assert item.request is not None
     return (
-        settings.enabled
-        and not settings.shadow_mode
+        switches.enabled
+        and not switches.shadow_mode
         and bypass_reason(item.request) is None
-        and is_enrolled(item.request, settings)
+        and is_enrolled(item.request, switches)
     )
 
 
-def is_enrolled(request: TriggerRequest, settings: Settings) -> bool:
-    """Whether a request's organization takes part: its own flag, else the default."""
-    flag = request.environment.feature_flags.mollifier_enabled
-    return settings.default_enrolled if flag is None else flag
+def is_enrolled(request: TriggerRequest, switches: Switches) -> bool:
+    """Whether a request's organization takes part: see `Switches.is_enrolled`."""
+    environment = request.environment
+    return switches.is_enrolled(environment.organization_id, environment.feature_flags.mollifier_enabled)
 
 
 def bypass_reason(request: TriggerRequest) -> str | None:
@@ -109,6 +111,7 @@ def bypass_reason(request: TriggerRequest) -> str | None:
     return None
 
 
-def _environment_id(item: Item) -> str:
+def _tenant(item: Item) -> tuple[str, str]:
+    """The ids of an item's environment and organization."""
     assert item.request is not None
-    return item.request.environment.id
+    return item.request.environment.id, item.request.environment.organization_id

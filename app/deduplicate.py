@@ -12,7 +12,7 @@ from app.batch import Answer, Batch, Item
 from app.decide import bypass_reason, is_enrolled, may_be_mollified
 from app.errors import ClaimTimedOut, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
-from app.settings import Settings
+from app.switches import Switches
 from app.telemetry import Telemetry
 from schemas.snapshot import Snapshot
 
@@ -25,19 +25,19 @@ class Deduplicate:
         claims: Claims,
         store: Store,
         wait: Callable[[Sequence[Item]], None],
-        settings: Settings,
         telemetry: Telemetry,
     ) -> None:
         self._claims = claims
         self._store = store
         self._wait = wait
-        self._settings = settings
         self._telemetry = telemetry
 
     async def __call__(self, batch: Batch) -> None:
         leaders = self._leaders(batch)
         try:
-            await self._find_winners([item for item in batch.open() if self._may_find_a_winner(item)])
+            await self._find_winners(
+                [item for item in batch.open() if _may_find_a_winner(item, batch.switches)]
+            )
             await self._claim(
                 [leader for leader in leaders if leader.claim is None and not leader.is_late], batch
             )
@@ -63,7 +63,7 @@ class Deduplicate:
         leaders: dict[tuple[str, str, str, str], Item] = {}
         for item in batch.open():
             run = item.run
-            if run is None or run.idempotency_key is None or not may_be_mollified(item, self._settings):
+            if run is None or run.idempotency_key is None or not may_be_mollified(item, batch.switches):
                 continue
             key = (run.organization_id, run.environment_id, run.task, run.idempotency_key)
             leader = leaders.setdefault(key, item)
@@ -71,16 +71,6 @@ class Deduplicate:
                 item.follows = True
                 leader.followers.append(item)
         return list(leaders.values())
-
-    def _may_find_a_winner(self, item: Item) -> bool:
-        assert item.request is not None
-        settings = self._settings
-        return (
-            settings.enabled
-            and item.request.options.idempotency_key is not None
-            and bypass_reason(item.request) is not None
-            and is_enrolled(item.request, settings)
-        )
 
     async def _find_winners(self, items: Sequence[Item]) -> None:
         """Answer bypassed requests whose key a buffered run has; a parent waits for that one then."""
@@ -144,6 +134,16 @@ class Deduplicate:
         leader.claim = None
         self._wait([leader, *leader.followers])
         leader.followers = []
+
+
+def _may_find_a_winner(item: Item, switches: Switches) -> bool:
+    assert item.request is not None
+    return (
+        switches.enabled
+        and item.request.options.idempotency_key is not None
+        and bypass_reason(item.request) is not None
+        and is_enrolled(item.request, switches)
+    )
 
 
 def _runs(items: Sequence[Item]) -> list[Snapshot]:

@@ -11,6 +11,7 @@ from app.keys import Keys
 from app.ports import Admission
 from app.redis_client import Call, Scripts
 from app.settings import Settings
+from app.switches import Rate
 
 
 class RedisGate:
@@ -22,10 +23,12 @@ class RedisGate:
         self._settings = settings
         self._head = (int(settings.gate_window == "sliding"), int(settings.hold_until_drained))
 
-    async def admit(self, requests: Mapping[str, int], now_ms: int | None = None) -> Admission:
+    async def admit(
+        self, requests: Mapping[str, int], now_ms: int | None = None, *, rates: Mapping[str, Rate] = {}
+    ) -> Admission:
         """See `ports.RateGate.admit`."""
         settings = self._settings
-        rate = (settings.trip_window_ms, settings.trip_threshold, settings.hold_ms)
+        rate = Rate(settings.trip_window_ms, settings.trip_threshold, settings.hold_ms)
         by_partition: defaultdict[int, list[str]] = defaultdict(list)
         for environment in requests:
             by_partition[self._keys.environment(environment).partition].append(environment)
@@ -37,7 +40,7 @@ class RedisGate:
             for environment in environments:
                 names = self._keys.environment(environment)
                 keys += (names.gate, names.drain)
-                arguments += (requests[environment], *rate)
+                arguments += (requests[environment], *rates.get(environment, rate))
             calls.append(Call("gate", keys, arguments))
         if settings.global_trip_threshold:
             fleet = (

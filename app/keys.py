@@ -12,7 +12,7 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:wake                 channel  buffer (accept)            an environment has become ready
     ns:reply:...            channel  workers                    one reply per request
     ns:gate                 string   gate                       the fleet's rate (GLOBAL_TRIP_THRESHOLD)
-    ns:{p}:gate:<env>       string   gate                       `<window> <count> <previous> <tripped until>`
+    ns:{p}:gate:<env>       string   gate                       `<start> <count> <previous> <tripped until>`
     ns:{p}:entries:<env>    stream   buffer, turns              the buffer: fields run_id, snapshot
     ns:{p}:index:<env>      hash     buffer, turns              run id -> entry id
     ns:{p}:drain:<env>      hash     buffer, turns              queued, done, uncertain, holder, hold, taken

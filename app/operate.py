@@ -15,6 +15,7 @@ from app.operations.scene import Perform, Scene, Turn, tenancy_of
 from app.ports import Desk, Reservations
 from app.respond import Respond
 from app.settings import Settings
+from app.switches import Switches
 from app.telemetry import Telemetry
 from app.validate import entry_time
 
@@ -39,8 +40,9 @@ class Operate:
         self._table = table
         self._scene = scene
         self._decode = Decode(settings, read_operation)
-        self._respond = Respond(reservations, desk, settings, telemetry)
+        self._respond = Respond(reservations, desk, telemetry)
         self._fence = Fence(heart, telemetry)
+        self._switches = Switches.of(settings)  # of no consequence: operations look everywhere
         self._heart = heart
         self._most_deliveries = settings.max_deliveries
         self._room = asyncio.Semaphore(_AT_ONCE)
@@ -53,7 +55,8 @@ class Operate:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        batch = Batch([Item(entry, life=self._heart.life()) for entry in entries], self._clock())
+        items = [Item(entry, life=self._heart.life()) for entry in entries]
+        batch = Batch(items, self._clock(), self._switches)
         with self._telemetry.stage("decode"):
             await self._decode(batch)
         with self._telemetry.stage("perform"):

@@ -21,6 +21,7 @@ from app.respond import Respond
 from app.settings import Settings
 from app.settle import Settle
 from app.store_health import StoreHealth
+from app.switches import Switches
 from app.telemetry import Telemetry
 from app.validate import Validate
 from app.waiting import WaitingRoom
@@ -48,22 +49,25 @@ class Pipeline:
         settings: Settings,
         telemetry: Telemetry,
         heart: Heart,
+        switches: Callable[[], Switches] | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.waiting_room = WaitingRoom(claims, self.resume, settings, telemetry)
+        by_settings = Switches.of(settings)
+        self._switches = switches or (lambda: by_settings)
+        self.waiting_room = WaitingRoom(claims, self.resume, settings, telemetry, self._switches)
         wait, fence = self.waiting_room.admit, Fence(heart, telemetry)
         self._steps: Sequence[tuple[str, Step]] = (
             ("decode", Decode(settings)),
             ("validate", Validate(settings)),
             ("recall", Recall(buffer, store, settings, telemetry)),
-            ("relate", Relate(buffer, store, settings)),
-            ("deduplicate", Deduplicate(claims, store, wait, settings, telemetry)),
+            ("relate", Relate(buffer, store)),
+            ("deduplicate", Deduplicate(claims, store, wait, telemetry)),
             ("decide", Decide(gate, health, settings, telemetry)),
             ("fence", fence),
             ("write", Write(buffer, store, health, settings, telemetry)),
-            ("settle", Settle(claims, wait, settings, telemetry)),
+            ("settle", Settle(claims, wait, telemetry)),
             ("fence", fence),
-            ("respond", Respond(reservations, desk, settings, telemetry)),
+            ("respond", Respond(reservations, desk, telemetry)),
         )
         self._steps_after_waiting = [step for step in self._steps if step[0] not in _BEFORE_WAITING]
         self._telemetry = telemetry
@@ -86,7 +90,7 @@ class Pipeline:
         await self._run(self._steps_after_waiting, items)
 
     async def _run(self, steps: Sequence[tuple[str, Step]], items: Sequence[Item]) -> None:
-        batch = Batch(items, self._clock())
+        batch = Batch(items, self._clock(), self._switches())
         for name, step in steps:
             with self._telemetry.stage(name):
                 await step(batch)

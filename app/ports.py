@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 from app.batch import Answer, Claim, Item, Parent
 from app.errors import RequestError
 from app.rows import Materialised, Row
+from app.switches import Rate
 from schemas.snapshot import Snapshot
 
 
@@ -23,8 +24,8 @@ class Admission(NamedTuple):
 
 
 class RateGate(Protocol):
-    async def admit(self, requests: Mapping[str, int]) -> Admission:
-        """Count `requests` (environment id -> how many) against their rates.
+    async def admit(self, requests: Mapping[str, int], *, rates: Mapping[str, Rate]) -> Admission:
+        """Count `requests` (environment id -> how many) against their rates: the settings', but for `rates`.
 
         Raises:
             GateUnavailable: the counters cannot be reached.

@@ -31,10 +31,12 @@ async def create_pool(url: str, timeout_s: float, size: int = _POOL_SIZE) -> "as
     )
 
 
-async def connect(url: str, timeout_s: float) -> "asyncpg.Connection[asyncpg.Record]":
+async def connect(
+    url: str, timeout_s: float, statement_timeout_s: float | None = None
+) -> "asyncpg.Connection[asyncpg.Record]":
     """One connection of its own; the caller closes it."""
     dsn, options = split_url(url)
-    return await asyncpg.connect(dsn, timeout=timeout_s, **options)
+    return await asyncpg.connect(dsn, timeout=timeout_s, command_timeout=statement_timeout_s, **options)
 
 
 def split_url(url: str) -> tuple[str, dict[str, Any]]:

@@ -36,7 +36,7 @@ class Recall:
     async def __call__(self, batch: Batch) -> None:
         asked = [item for item in batch.open() if item.may_be_known]
         contested: list[Item] = []
-        if self._settings.enabled:
+        if batch.switches.enabled:
             await _look_up(asked, self._recall_from_buffer)
             # Somebody else holds the id, perhaps in vain: the run may be a row of this environment.
             contested = [item for item in asked if isinstance(item.outcome, RunIdConflict)]

@@ -10,17 +10,15 @@ from msgspec.structs import replace
 from app.batch import Batch, Item, Parent
 from app.errors import ParentRunNotFound, StoreUnavailable
 from app.ports import Buffer, Store
-from app.settings import Settings
 from schemas.snapshot import Snapshot
 
 
 class Relate:
     """Completes each child with what it inherits, or refuses it."""
 
-    def __init__(self, buffer: Buffer, store: Store, settings: Settings) -> None:
+    def __init__(self, buffer: Buffer, store: Store) -> None:
         self._buffer = buffer
         self._store = store
-        self._enabled = settings.enabled
 
     async def __call__(self, batch: Batch) -> None:
         children = [
@@ -28,7 +26,7 @@ class Relate:
         ]
         if not children:
             return
-        if self._enabled:
+        if batch.switches.enabled:
             children = _related(children, await self._buffer.find_parents(_runs(children)))
         if children:
             try:

@@ -9,7 +9,6 @@ from app import run_ids
 from app.batch import Answer, Batch, DeadLetter, Item
 from app.errors import RequestError, Undecodable
 from app.ports import Desk, Reservations
-from app.settings import Settings
 from app.telemetry import Telemetry
 from schemas.replies import MOLLIFIED, ErrorDetail, ErrorReply, RunReference, RunReply
 
@@ -19,10 +18,7 @@ _encode = msgspec.json.Encoder().encode
 class Respond:
     """Sets dead letters aside, then answers and acknowledges all items that have an outcome."""
 
-    def __init__(
-        self, reservations: Reservations, desk: Desk, settings: Settings, telemetry: Telemetry
-    ) -> None:
-        self._enabled = settings.enabled
+    def __init__(self, reservations: Reservations, desk: Desk, telemetry: Telemetry) -> None:
         self._reservations = reservations
         self._desk = desk
         self._telemetry = telemetry
@@ -34,7 +30,7 @@ class Respond:
             lost = await self._desk.set_aside(dead)
             finished = [item for item in finished if item not in lost]
         replies = [(item, encode_reply(item, batch.now)) for item in finished]
-        if self._enabled:
+        if batch.switches.enabled:
             runs = [item.run for item in finished if item.run is not None and _is_settled_id(item)]
             await self._reservations.release(runs)
         await self._desk.respond(replies)

@@ -66,7 +66,6 @@ class Schedule:
         self._keys = keys
         self._consumer = consumer
         self._batch = settings.drain_batch_size
-        self._rate = settings.drain_max_rate
         self._reports: dict[str, Report] = {}
         self._held: dict[str, int] = {}
         self._hold = 0
@@ -74,6 +73,8 @@ class Schedule:
         self._is_stirred = True
         self._are_more = False
         self._looked = 0.0
+        self.rate = settings.drain_max_rate
+        """Entries a second of all drainers together, 0: no limit; to be kept as operators want it."""
         self.wait_s = 0.0
         """After nothing was handed out: how long that may stay so if nothing arrives."""
 
@@ -136,7 +137,7 @@ class Schedule:
     async def _call(self, most: int, arrivals: Sequence[Arrival]) -> dict[str, int]:
         """Report, announce arrivals, and be handed environments."""
         reports, self._reports = self._reports, {}
-        head = (self._consumer, "0", most, self._batch, self._rate, len(reports))
+        head = (self._consumer, "0", most, self._batch, self.rate, len(reports))
         arguments: list[str | bytes | int] = [*head]
         for environment, (taken, left, generation, outcome) in reports.items():
             arguments += (environment, taken, "" if left is None else left, generation, outcome)

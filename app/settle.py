@@ -6,7 +6,7 @@ from app.batch import Answer, Batch, Item
 from app.decide import may_be_mollified
 from app.errors import ClaimLost, RequestError, Unreachable
 from app.ports import Claims, Settlement
-from app.settings import Settings
+from app.switches import Switches
 from app.telemetry import Telemetry
 
 
@@ -17,12 +17,10 @@ class Settle:
         self,
         claims: Claims,
         wait: Callable[[Sequence[Item]], None],
-        settings: Settings,
         telemetry: Telemetry,
     ) -> None:
         self._claims = claims
         self._wait = wait
-        self._settings = settings
         self._telemetry = telemetry
 
     async def __call__(self, batch: Batch) -> None:
@@ -33,7 +31,7 @@ class Settle:
         left = [
             settlement
             for item in batch.items
-            if item.is_redelivered and (settlement := self._left_behind(item)) is not None
+            if item.is_redelivered and (settlement := _left_behind(item, batch.switches)) is not None
         ]
         if held or left:
             try:
@@ -51,16 +49,6 @@ class Settle:
         item.outcome = None
         self._wait([item, *followers])
 
-    def _left_behind(self, item: Item) -> Settlement | None:
-        """How the claim ends that an earlier attempt may have left, where this one had no need of its own."""
-        run, outcome = item.run, item.outcome
-        if item.claim is not None or run is None or run.idempotency_key is None or outcome is None:
-            return None
-        if not may_be_mollified(item, self._settings):
-            return None
-        winner_id = "" if isinstance(outcome, RequestError) else outcome.run_id
-        return Settlement(run, f"pending:{run.id}:", winner_id)
-
     def _answer_followers(self, leader: Item) -> None:
         """Followers share their leader's fate; if it failed for a reason of its own, one of them leads."""
         outcome = leader.outcome
@@ -72,6 +60,17 @@ class Settle:
                 follower.outcome = outcome
         else:
             self._wait(leader.followers)
+
+
+def _left_behind(item: Item, switches: Switches) -> Settlement | None:
+    """How the claim ends that an earlier attempt may have left, where this one had no need of its own."""
+    run, outcome = item.run, item.outcome
+    if item.claim is not None or run is None or run.idempotency_key is None or outcome is None:
+        return None
+    if not may_be_mollified(item, switches):
+        return None
+    winner_id = "" if isinstance(outcome, RequestError) else outcome.run_id
+    return Settlement(run, f"pending:{run.id}:", winner_id)
 
 
 def _settlement(item: Item) -> Settlement | None:

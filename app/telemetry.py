@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from app.batch import Item
 from app.errors import RequestError
 from app.settings import Settings
+from app.switches import Switches
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SLOW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200)
@@ -144,6 +145,12 @@ class Telemetry:
         self._swept = Counter(
             "mollifier_swept", "What the sweeper put in order, by kind.", ["what"], registry=registry
         )
+        self._switch = Gauge(
+            "mollifier_switch",
+            "1 while a switch is on in this process, else 0.",
+            ["switch"],
+            registry=registry,
+        )
         self._ready = Gauge(
             "mollifier_ready", "1 while the process has what it needs to work, else 0.", registry=registry
         )
@@ -262,6 +269,12 @@ class Telemetry:
 
     def passed(self, result: str) -> None:
         self._passes.labels(result).inc()
+
+    def switched(self, switches: Switches) -> None:
+        """The process goes by these switches."""
+        self._switch.labels("enabled").set(switches.enabled)
+        self._switch.labels("shadow_mode").set(switches.shadow_mode)
+        self._switch.labels("drain_paused").set(switches.decided.drain_paused)
 
     def ready(self, is_ready: bool) -> None:
         self._ready.set(is_ready)

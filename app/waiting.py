@@ -9,6 +9,7 @@ from app.batch import Item
 from app.errors import Unreachable
 from app.ports import Claims
 from app.settings import Settings
+from app.switches import Switches
 from app.telemetry import Telemetry
 
 Resume = Callable[[Sequence[Item]], Awaitable[None]]
@@ -24,6 +25,7 @@ class WaitingRoom:
         resume: Resume,
         settings: Settings,
         telemetry: Telemetry,
+        switches: Callable[[], Switches],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._claims = claims
@@ -32,6 +34,7 @@ class WaitingRoom:
         self._poll_s = settings.claim_poll_ms / 1000
         self._most = settings.trigger_batch_size
         self._telemetry = telemetry
+        self._switches = switches
         self._clock = clock
         self._waiting: dict[Key, list[Item]] = {}
         self._occupied = asyncio.Event()
@@ -80,7 +83,11 @@ class WaitingRoom:
         await asyncio.gather(*self._tasks)
 
     async def tick(self) -> None:
-        """Try each key once, on behalf of the one who has waited longest."""
+        """Try each key once, on behalf of the one who has waited longest. Switched off, nobody waits (G5)."""
+        if not self._switches().enabled:
+            self._leave([item for items in self._waiting.values() for item in items])
+            self._waiting.clear()
+            return
         fronts = {key: items[0] for key, items in self._waiting.items()}
         runs = [item.run for item in fronts.values() if item.run is not None]
         try:

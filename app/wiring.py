@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import asyncpg
 from redis.asyncio import Redis
 
-from app import operator_settings
 from app.buffer import RedisBuffer
 from app.buffered_runs import RedisBufferedRuns
 from app.census import RedisCensus
@@ -21,7 +20,7 @@ from app.leftovers import PostgresRows, RedisLeftovers
 from app.operate import Operate
 from app.operations import TABLE
 from app.operations.scene import Scene
-from app.operator_settings import OperatorSettings
+from app.operator_settings import OperatorNews
 from app.pipeline import Pipeline
 from app.postgres import create_pool
 from app.redis_client import Scripts, connect
@@ -33,6 +32,7 @@ from app.store_health import StoreHealth
 from app.stored_runs import PostgresStoredRuns
 from app.streams import RequestStream
 from app.sweep import Sweep
+from app.switches import Switchboard, Switches
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
 from app.wake import Wake
@@ -52,6 +52,8 @@ class World:
     buffer: RedisBuffer
     heartbeat: Heartbeat
     health: Health
+    switchboard: Switchboard
+    operators: OperatorNews
     telemetry: Telemetry
 
     @classmethod
@@ -74,21 +76,20 @@ class World:
             buffer=RedisBuffer(scripts, keys, settings),
             heartbeat=Heartbeat(scripts, keys, consumer, settings.heartbeat_ttl_ms, telemetry),
             health=Health({"redis": redis.ping, "postgres": store.ping}),
+            switchboard=Switchboard(settings),
+            operators=OperatorNews(settings),
             telemetry=telemetry,
         )
 
     async def close(self) -> None:
         """Let everything go. Statements under way have been waited for by then."""
         await self.redis.aclose()
+        self.operators.close()
         self.pool.terminate()
 
-    async def operator_settings(self) -> OperatorSettings:
-        """What operators have decided.
-
-        Raises:
-            StoreUnavailable: Postgres cannot be read.
-        """
-        return await operator_settings.load(self.pool, self.settings.store_timeout_ms / 1000)
+    def switches(self) -> Switches:
+        """The switches that this process goes by now."""
+        return self.switchboard.current
 
     def request_stream(self, stream: str) -> RequestStream:
         """A request stream, as this process' consumer sees it."""
@@ -130,6 +131,7 @@ class World:
             settings=self.settings,
             telemetry=self.telemetry,
             heart=self.heartbeat,
+            switches=self.switches,
         )
 
     def turns(self) -> RedisTurns:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import orjson
 
 from app.batch import Answer
-from app.operator_settings import DRAIN_PAUSED, decide
+from app.operator_changes import OperatorChanges
 from app.run_ids import derive, span_id, trace_id
 from app.settings import Settings
 from app.telemetry import Telemetry
@@ -89,7 +89,7 @@ class Filling:
 
 async def pause(stage: Stage, is_paused: bool) -> None:
     """Have all drainers wait, or go on within a second."""
-    await decide(stage.sql, DRAIN_PAUSED, is_paused)
+    await OperatorChanges(stage.sql, "bench").set("drain.paused", is_paused)
 
 
 async def drained(stage: Stage, filling: Filling, drainers: Sequence[Process], count: int) -> Reading:

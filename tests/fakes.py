@@ -17,6 +17,7 @@ from app.errors import (
     StoreUnavailable,
 )
 from app.ports import Admission, KeyHolder, Settlement
+from app.switches import Rate
 from schemas.snapshot import Snapshot
 
 Key = tuple[str, str, str | None]
@@ -41,12 +42,14 @@ class FakeGate:
         self.passes = passes
         self.fleet = maxsize
         self.asked: list[Mapping[str, int]] = []
+        self.rates: list[Mapping[str, Rate]] = []
         self.failure: MollifierError | None = None
 
-    async def admit(self, requests: Mapping[str, int]) -> Admission:
+    async def admit(self, requests: Mapping[str, int], *, rates: Mapping[str, Rate]) -> Admission:
         if self.failure:
             raise self.failure
         self.asked.append(dict(requests))
+        self.rates.append(rates)
         return Admission(dict.fromkeys(requests, self.passes), self.fleet)
 
 

@@ -37,7 +37,7 @@ from schemas.snapshot import Snapshot, encode_snapshot
 from tests.adapters import Pool, silence_after
 from tests.builders import run
 from tests.test_turns import alive
-from tests.waiting import eventually
+from tests.waiting import eventually, stays_so
 from workers.drainer import LANES, Drainer
 
 KEYS = Keys("mollifier", 16)
@@ -1228,9 +1228,26 @@ class TestDrainer:
             await place.pool.execute("DELETE FROM mollifier.settings")
         assert len(await place.rows()) == 0
 
+    async def test_it_drains_nothing_before_it_knows_whether_it_may(
+        self, place: Place, drainer: Drainer
+    ) -> None:
+        """Everything in Postgres can be written, but what operators have decided cannot be read."""
+        await place.accept("env_1")
+        async with place.pool.acquire() as connection, connection.transaction():
+            await connection.execute("LOCK TABLE mollifier.audit IN ACCESS EXCLUSIVE MODE")
+            await drainer.start()
+            await stays_so(lambda: self._has_no_row(place), for_s=0.5)
+        try:
+            await eventually(lambda: self._has_a_row(place))
+        finally:
+            await drainer.stop()
+
+    async def _has_no_row(self, place: Place) -> None:
+        assert len(await place.rows()) == 0
+
     async def _knows_of_the_pause(self, drainer: Drainer) -> None:
-        assert drainer._operators is not None
-        assert drainer._operators.drain_paused
+        assert drainer.world.switchboard.is_known
+        assert drainer.world.switches().decided.drain_paused
 
     async def test_weights_are_there_again_after_redis_lost_them(
         self, place: Place, drainer: Drainer

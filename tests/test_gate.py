@@ -13,6 +13,7 @@ from app.gate import RedisGate
 from app.keys import Keys
 from app.redis_client import Scripts, connect
 from app.settings import Settings
+from app.switches import Rate
 
 WINDOW, THRESHOLD, HOLD = 100, 5, 250
 START = 1_800_000_000_000
@@ -142,6 +143,51 @@ async def test_holding_until_drained_looks_at_queued_entries(redis: Redis) -> No
     assert (await gate.admit({"env": 1, "other": 1}, START)).by_environment == {"env": 0, "other": 1}
     await redis.hset(drain, "queued", "0")
     assert (await gate.admit({"env": 1}, START)).by_environment == {"env": 1}
+
+
+async def test_rates_that_operators_set_are_those_of_their_environments(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings())
+    rates = {"env": Rate(WINDOW, 2, HOLD)}
+    admission = await gate.admit({"env": THRESHOLD, "other": THRESHOLD}, START, rates=rates)
+    assert admission.by_environment == {"env": 2, "other": THRESHOLD}
+    assert (await gate.admit({"env": 1}, START + 1, rates=rates)).by_environment == {"env": 0}
+
+
+async def admitted(redis: Redis, windows: tuple[int, int], threshold: int) -> list[int]:
+    """Of 3 requests every 10 ms, how many pass: by the first window, by both in turn, and by the second."""
+    gate, passed = make_gate(redis, gate_settings()), []
+    for number in range(90):
+        window = windows[number % 2 if 30 <= number < 60 else number // 45]
+        rates = {"env": Rate(window, threshold, 1)}
+        admission = await gate.admit({"env": 3}, START + 8 + 10 * number, rates=rates)
+        passed.append(admission.by_environment["env"])
+    return passed
+
+
+@pytest.mark.parametrize("windows", [(WINDOW, 600_000), (600_000, WINDOW), (WINDOW, 7), (7, WINDOW)])
+async def test_what_is_within_the_rate_passes_however_long_the_window_was(
+    redis: Redis, windows: tuple[int, int]
+) -> None:
+    """Also while two workers go by different ones."""
+    assert set(await admitted(redis, windows, threshold=1_000)) == {3}
+
+
+async def test_the_length_of_the_window_can_be_changed_under_load(redis: Redis) -> None:
+    grown = await admitted(redis, (WINDOW, 600_000), threshold=60)
+    assert (set(grown[:30]), set(grown[-10:])) == ({3}, {0})
+    await redis.flushall()
+    shrunk = await admitted(redis, (600_000, WINDOW), threshold=60)
+    assert (set(shrunk[21:30]), set(shrunk[-10:])) == ({0}, {3})
+
+
+async def test_a_hold_lasts_no_longer_than_the_one_that_is_set_now(redis: Redis) -> None:
+    gate = make_gate(redis, gate_settings())
+    long, short = {"env": Rate(WINDOW, THRESHOLD, 600_000)}, {"env": Rate(WINDOW, THRESHOLD, HOLD)}
+    await gate.admit({"env": THRESHOLD + 1}, START, rates=long)
+    later = START + 100_000
+    assert (await gate.admit({"env": 1}, later, rates=long)).by_environment == {"env": 0}
+    assert (await gate.admit({"env": 1}, later, rates=short)).by_environment == {"env": 0}
+    assert (await gate.admit({"env": 1}, later + HOLD, rates=short)).by_environment == {"env": 1}
 
 
 async def test_state_is_forgotten_by_itself(redis: Redis) -> None:

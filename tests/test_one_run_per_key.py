@@ -20,6 +20,7 @@ import pytest
 from redis.asyncio import Redis
 
 from app.keys import Keys
+from app.operator_changes import OperatorChanges
 from app.settings import Settings
 from tests.builders import run
 from tests.processes import ROOT, Stage, Worker, Workers, staged
@@ -197,6 +198,68 @@ class TestStorms:
             assert rows.keys() == replies.keys()
             assert aliases.keys().isdisjoint(rows.values())
             assert aliases, "no claim was lost in time"
+
+    async def test_g4_while_operators_switch(self, stage: Stage, shared_workers: Workers) -> None:
+        """In bursts of a tripped environment. Switched off, nobody looks at claims or buffer; so a key may
+        get several ids, but one row, and every id that was replied leads to it."""
+        environment, keys = new_environment(), [f"key-{number}" for number in range(72)]
+        lines = "triggers triggers triggers drainer"
+        async with (
+            apart(stage, shared_workers, lines, trigger_batch_size=50, **ROOMY) as own,
+            deciding(own.database_url, "org_keys") as operators,
+        ):
+            sent: list[tuple[str, str]] = []
+
+            async def burst(number: int, decision: Awaitable[object]) -> None:
+                some = keys[3 * number :][:20] * 5
+                bodies = [keyed(environment, key) for key in some]
+                names = await own.producer.send_all(bodies, at_once=False)
+                await decision
+                names += await own.producer.send_all(bodies, at_once=False)
+                sent.extend(zip(some * 2, names, strict=True))
+                await own.producer.all_replies(names[-20:])
+
+            async def bursts(first: int) -> None:
+                await burst(first, operators.set("switch", "on"))
+                await burst(first + 1, operators.set("switch", "off"))
+                await burst(first + 2, operators.set("switch", "on"))
+                await burst(first + 3, operators.enrol("org_keys", False))
+                await burst(first + 4, operators.enrol("org_keys", True))
+                await burst(first + 5, operators.set("switch", "shadow"))
+
+            await fill(own.producer, environment)
+            with paused(own.drainers):
+                await bursts(0)
+            for number in (6, 12, 18):
+                await bursts(number)
+            replies = by_key(sent, await own.producer.all_replies([name for _, name in sent]))
+            await own.producer.settled()
+            rows = {row["idempotency_key"]: row["id"] for row in await own.rows(environment, count=72)}
+            await eventually(lambda: is_drained(own.producer))
+            aliases = await aliases_of(own, environment)
+            assert rows.keys() == replies.keys() == {*keys}
+            for key, of_key in replies.items():
+                assert {aliases.get(id, id) for id in named(of_key)[0]} == {rows[key]}
+            assert aliases, "it was never switched off while a key was buffered"
+            assert aliases.keys().isdisjoint(rows.values())
+            await eventually(lambda: no_claim_is_pending(own.producer))
+            for labels in ({"reason": "disabled"}, {"reason": "not_enrolled"}, {"outcome": "shadow"}):
+                counts = [await one.metric("mollifier_decisions_total", **labels) for one in own.triggers]
+                assert sum(counts), f"none was {labels}"
+            await all_took_part(own.triggers)
+
+
+@asynccontextmanager
+async def deciding(database_url: str, organization: str) -> AsyncIterator[OperatorChanges]:
+    """An operator, who leaves all to the defaults again when the block ends."""
+    connection = await asyncpg.connect(database_url)
+    operators = OperatorChanges(connection, "somebody@somewhere")
+    try:
+        yield operators
+    finally:
+        await operators.set("switch", None)
+        await operators.reset_organization(organization)
+        await connection.close()
 
 
 def by_key(sent: Sequence[tuple[str, str]], replies: Sequence[Reply]) -> dict[str, list[Reply]]:

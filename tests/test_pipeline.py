@@ -14,6 +14,7 @@ from app.errors import BufferUnavailable, GateUnavailable, StoreUnavailable, Unr
 from app.pipeline import Pipeline
 from app.settings import Settings
 from app.store_health import StoreHealth
+from app.switches import OperatorSettings, Switches
 from app.telemetry import Telemetry
 from tests.builders import START_MS, body, entry, run
 from tests.fakes import FakeBuffer, FakeClaims, FakeDesk, FakeGate, FakeHeart, FakeStore
@@ -32,6 +33,8 @@ class World:
         self.telemetry = Telemetry("test")
         self.now = NOW
         self.heart = FakeHeart()
+        self.switches = Switches.of(self.settings)
+        self.looks = 0
         self.pipeline = Pipeline(
             gate=self.gate,
             buffer=self.buffer,
@@ -43,8 +46,17 @@ class World:
             settings=self.settings,
             telemetry=self.telemetry,
             heart=self.heart,
+            switches=self._look,
             clock=lambda: self.now,
         )
+
+    def decide(self, **decided: Any) -> None:
+        """Have operators decide so, and nothing else."""
+        self.switches = Switches.of(self.settings, OperatorSettings(**decided))
+
+    def _look(self) -> Switches:
+        self.looks += 1
+        return self.switches
 
     async def handle(self, *entries: Entry) -> list[dict[str, Any]]:
         """Handle one batch; the replies to it, in order."""
@@ -186,8 +198,8 @@ def lapse_after(world: World, owner: object, name: str, monkeypatch: pytest.Monk
     """Have the process be taken for dead in the middle of a step, once."""
     step = getattr(owner, name)
 
-    async def slow(*arguments: Any) -> Any:
-        result = await step(*arguments)
+    async def slow(*arguments: Any, **named: Any) -> Any:
+        result = await step(*arguments, **named)
         world.heart.lives += 1
         monkeypatch.undo()
         return result

@@ -15,6 +15,7 @@ from app.decode import Decode, decode_trigger, read_operation
 from app.durations import parse_delay, parse_duration, parse_ttl
 from app.errors import InvalidRequest, RequestError
 from app.settings import Settings
+from app.switches import Switches
 from app.validate import build_run, check_metadata
 from schemas.snapshot import Snapshot
 from tests.builders import START_MS, body, entry
@@ -279,5 +280,5 @@ async def test_a_reply_channel_must_match_as_a_whole() -> None:
         ("mollifier:wake", False),
     ]:
         item = Item(entry(reply_to=channel))
-        await Decode(SETTINGS)(Batch([item], CREATED))
+        await Decode(SETTINGS)(Batch([item], CREATED, Switches.of(SETTINGS)))
         assert (item.dead_letter is None) == allowed, channel

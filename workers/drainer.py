@@ -8,7 +8,6 @@ from faststream.redis import RedisBroker
 
 from app.backoff import Backoff
 from app.errors import StatementTimedOut, StoreUnavailable, Unreachable
-from app.operator_settings import OperatorSettings
 from app.ports import Taken
 from app.wiring import World
 from workers.process import Loop, Process, run
@@ -18,7 +17,8 @@ LANES = 4
 
 _LISTEN_S = 1.0
 _FORGET_EVERY_S = 1.0
-_LOOK_AT_SETTINGS_EVERY_S = 1.0
+_KEEP_WEIGHTS_EVERY_S = 1.0
+_STAND_STILL_S = 0.2
 _FIRST_RETRY_S = 0.1
 _LONGEST_RETRY_S = 5.0
 
@@ -31,8 +31,6 @@ class Drainer(Process):
         self._turns = world.turns()
         self._wake = world.wake()
         self._drain = world.drain(self._turns)
-        self._operators: OperatorSettings | None = None
-        """What operators have decided; None before that is known, when nothing may be drained."""
         self._backoff = Backoff(_FIRST_RETRY_S, _LONGEST_RETRY_S)
         self._trouble_s = 0.0
         self._free = asyncio.Semaphore(LANES)
@@ -44,16 +42,16 @@ class Drainer(Process):
         return self._broker
 
     def loops(self) -> Sequence[Loop]:
-        return (self._take_turns, self._listen, self._forget_old, self._follow_operators)
+        return (self._take_turns, self._listen, self._forget_old, self._keep_weights)
 
     async def _take_turns(self) -> None:
         """Hand batches to free lanes, as long as there are any."""
-        await self._look_at_settings()
         while not self.stopping.is_set():
             self.world.health.progress("drain")
-            if self._operators is None or self._operators.drain_paused or self._trouble_s:
+            if not self._may_drain() or self._trouble_s:
                 await self._stand_still()
                 continue
+            self._turns.schedule.rate = self.world.switches().drain_rate
             await self._free.acquire()
             self._moved.clear()
             taken = await self._take()
@@ -64,6 +62,10 @@ class Drainer(Process):
             else:
                 self._free.release()
                 await self._idle()
+
+    def _may_drain(self) -> bool:
+        """Whether the drain is not paused. Before that is known nothing may be drained."""
+        return self.world.switchboard.is_known and not self.world.switches().decided.drain_paused
 
     async def _take(self) -> Sequence[Taken]:
         try:
@@ -115,7 +117,7 @@ class Drainer(Process):
             await self._turns.schedule.flush()
         except Unreachable as error:
             self.world.telemetry.unreachable("drain", error)
-        await self.pause(trouble_s or _LOOK_AT_SETTINGS_EVERY_S)
+        await self.pause(trouble_s or _STAND_STILL_S)
 
     async def _forget_old(self) -> None:
         while not self.stopping.is_set():
@@ -127,27 +129,16 @@ class Drainer(Process):
                 self.world.telemetry.unreachable("forget", error)
             await self.pause(_FORGET_EVERY_S)
 
-    async def _follow_operators(self) -> None:
+    async def _keep_weights(self) -> None:
+        """See to it that the schedule has the weights of organizations, also after Redis lost them."""
         while not self.stopping.is_set():
-            self.world.health.progress("operators")
-            await self.pause(_LOOK_AT_SETTINGS_EVERY_S)
-            await self._look_at_settings()
-
-    async def _look_at_settings(self) -> None:
-        """Hold what operators have decided; while Postgres is away, what they had."""
-        try:
-            decided = await self.world.operator_settings()
-            was_paused = self._operators is not None and self._operators.drain_paused
-            self._operators = decided
-            if decided.drain_paused and not was_paused:
-                self.world.telemetry.event("drain.paused")
-            elif was_paused and not decided.drain_paused:
-                self.world.telemetry.event("drain.resumed")
-            await self._turns.schedule.set_weights(decided.weights)
-        except StoreUnavailable as error:
-            self.world.telemetry.trouble("store.unavailable", error=repr(error.__cause__))
-        except Unreachable as error:
-            self.world.telemetry.unreachable("weights", error)
+            self.world.health.progress("weights")
+            try:
+                if self.world.switchboard.is_known:
+                    await self._turns.schedule.set_weights(self.world.switches().decided.weights)
+            except Unreachable as error:
+                self.world.telemetry.unreachable("weights", error)
+            await self.pause(_KEEP_WEIGHTS_EVERY_S)
 
     async def finish(self) -> None:
         if self._lanes:

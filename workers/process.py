@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -14,7 +15,7 @@ from faststream.asgi import AsgiFastStream, AsgiResponse, get
 from faststream.redis import RedisBroker
 from prometheus_client import make_asgi_app
 
-from app.errors import ConfigurationError, Unreachable
+from app.errors import ConfigurationError, StoreUnavailable, Unreachable
 from app.settings import Settings
 from app.telemetry import Telemetry, configure_logging
 from app.wiring import World
@@ -24,6 +25,10 @@ Loop = Callable[[], Awaitable[None]]
 _CONNECTIONS_CLOSE_S = 2
 _RESTART_S = 1.0
 _WATCH_EVERY_S = 2.0
+_FIRST_LOOK_S = 2.0
+_LOOK_AT_SWITCHES_EVERY_S = 1.0
+"""A change of a switch is known everywhere within two seconds also where nobody hears of it."""
+
 _JSON = {"content-type": "application/json"}
 
 
@@ -47,8 +52,16 @@ class Process:
         """Finish what is held, once the loops have ended."""
 
     async def start(self) -> None:
-        """Start the heartbeat and the loops."""
+        """Start the heartbeat and the loops, once it is known what operators have decided.
+
+        While Postgres is away nobody waits for that: the environment variables hold until it is back.
+        """
         self._heart = asyncio.create_task(self.world.heartbeat.run())
+        self.world.telemetry.switched(self.world.switches())
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_LOOK_S):
+                await self._look_at_switches()
+        self._follower = asyncio.create_task(self._keep_going(self._follow_operators))
         loops = (self._watch_servers, *self.loops())
         self._tasks = [asyncio.create_task(self._keep_going(loop)) for loop in loops]
 
@@ -63,6 +76,29 @@ class Process:
             was = missing
             await self.pause(_WATCH_EVERY_S)
 
+    async def _follow_operators(self) -> None:
+        within_s = 30 + 2 * self.world.settings.store_timeout_ms / 1000
+        while True:
+            self.world.health.progress("switches", within_s)
+            await self.world.operators.wait(_LOOK_AT_SWITCHES_EVERY_S)
+            await self._look_at_switches()
+
+    async def _look_at_switches(self) -> None:
+        """Go by what operators have decided; while Postgres is away, by what was known last."""
+        board = self.world.switchboard
+        try:
+            decided = await self.world.operators.read(
+                board.current.decided.revision if board.is_known else None
+            )
+        except StoreUnavailable as error:
+            self.world.telemetry.trouble("switches.unknown", error=repr(error.__cause__))
+            return
+        if decided is not None:
+            changed = board.decide(decided)
+            self.world.telemetry.switched(board.current)
+            if changed:
+                self.world.telemetry.event("switches.changed", **changed)
+
     async def _keep_going(self, loop: Loop) -> None:
         """Run a loop until the process stops, whatever happens in it."""
         while not self.stopping.is_set():
@@ -75,6 +111,7 @@ class Process:
     async def stop(self) -> None:
         """End the loops and finish what is held, within SHUTDOWN_TIMEOUT_S; others pick up what is left."""
         self.stopping.set()
+        self._follower.cancel()
         try:
             async with asyncio.timeout(self.world.settings.shutdown_timeout_s):
                 await asyncio.gather(*self._tasks)

@@ -4,13 +4,17 @@ import sys
 
 import typer
 
+from app.cli.audit import audit
 from app.cli.config import config
 from app.cli.dead_letters import dead_letters
 from app.cli.demo import demo
 from app.cli.dev import dev
 from app.cli.drain import drain
+from app.cli.gate import gate
 from app.cli.migrate import migrate
+from app.cli.orgs import orgs
 from app.cli.runs import runs
+from app.cli.switch import switch
 from app.cli.trigger import trigger
 
 app = typer.Typer(
@@ -20,11 +24,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, dev, trigger, migrate, config):
+for command in (demo, dev, trigger, migrate, config, switch, audit):
     app.command()(command)
 app.add_typer(runs, name="runs")
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(drain, name="drain")
+app.add_typer(orgs, name="orgs")
+app.add_typer(gate, name="gate")
 
 
 def main() -> None:

@@ -26,23 +26,25 @@ for scope = 1, #KEYS / 2 do
   local threshold = tonumber(ARGV[argument + 3])
   local hold = tonumber(ARGV[argument + 4])
 
-  local index = math.floor(now / window)
-  local count, previous, tripped_until = 0, 0, 0
+  -- The lengths may be others than last time, and for a while differ from worker to worker: a window goes on
+  -- from where it began, and no hold lasts longer than the one that is asked for now.
+  local start, count, previous, tripped_until = now - now % window, 0, 0, 0
   local state = redis.call('GET', gate)
   if state then
-    local last, c, p, t = string.match(state, '^(%d+) (%d+) (%d+) (%d+)$')
-    last, tripped_until = tonumber(last), tonumber(t)
-    if last >= index then
-      index, count, previous = last, tonumber(c), tonumber(p)
-    elseif last == index - 1 then
-      previous = tonumber(c)
+    local s, c, p, t = string.match(state, '^(%d+) (%d+) (%d+) (%d+)$')
+    local ended = math.floor((now - s) / window)
+    if ended < 1 then
+      start, count, previous = tonumber(s), tonumber(c), tonumber(p)
+    elseif ended == 1 then
+      start, previous = s + window, tonumber(c)
     end
+    tripped_until = math.min(tonumber(t), now + hold)
   end
 
   -- What the previous window still weighs: the part of it that a window ending now overlaps.
   local carried = 0
   if sliding then
-    carried = previous * math.max(0, window - (now - index * window)) / window
+    carried = previous * math.max(0, window - (now - start)) / window
   end
 
   local tripped = tripped_until > now
@@ -58,7 +60,7 @@ for scope = 1, #KEYS / 2 do
   if carried + count > threshold then
     tripped_until = now + hold
   end
-  redis.call('SET', gate, string.format('%.0f %.0f %.0f %.0f', index, count, previous, tripped_until),
+  redis.call('SET', gate, string.format('%.0f %.0f %.0f %.0f', start, count, previous, tripped_until),
     'PX', 2 * window + hold)
   answer[#answer + 1] = pass
   answer[#answer + 1] = count

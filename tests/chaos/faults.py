@@ -58,6 +58,7 @@ class Scene:
     fleet: Fleet
     redis_busy: asyncio.Lock = field(default_factory=asyncio.Lock)
     postgres_busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    switch_busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def redis(self) -> "Redis":
         """A client of Redis itself, with nothing in between."""
@@ -146,19 +147,20 @@ async def _frozen(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
             member.send(signal.SIGCONT)
 
 
-@asynccontextmanager
-async def _switched_off(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
-    """One trigger worker with the master switch off, among others that have it on."""
-    async with _picked(scene, rng, "triggers") as member:
-        await member.leave()
-        member.start(MOLLIFIER_ENABLED="0")
-        await member.wait_ready()
-        try:
-            yield member.name
-        finally:
-            await member.leave()
-            member.start()
-            await member.wait_ready()
+def _switched(position: str) -> Break:
+    """The whole fleet, by the operator's command; for up to two seconds processes differ."""
+
+    @asynccontextmanager
+    async def fault(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
+        async with scene.switch_busy:
+            await _operate(scene, "switch", position)
+            try:
+                yield "all"
+            finally:
+                await _operate(scene, "switch", "default")
+                await scene.fleet.is_on()
+
+    return fault
 
 
 @asynccontextmanager
@@ -174,14 +176,14 @@ async def _jumping(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
 @asynccontextmanager
 async def _drain_paused(scene: Scene, rng: random.Random) -> AsyncIterator[str]:
     """By the operator's command; meanwhile everything stays in the buffer, and is changed there."""
-    await _drain(scene, "pause")
+    await _operate(scene, "drain", "pause")
     try:
         yield "drain"
     finally:
-        await _drain(scene, "resume")
+        await _operate(scene, "drain", "resume")
 
 
-async def _drain(scene: Scene, command: str) -> None:
+async def _operate(scene: Scene, *command: str) -> None:
     """Postgres may be away for the moment: try until it is done."""
     environment = {**os.environ, "DATABASE_URL": scene.postgres.url, "REDIS_URL": scene.valkey.url}
     while True:
@@ -189,8 +191,7 @@ async def _drain(scene: Scene, command: str) -> None:
             sys.executable,
             "-m",
             "app.cli",
-            "drain",
-            command,
+            *command,
             cwd=ROOT,
             env=environment,
             stdout=DEVNULL,
@@ -369,7 +370,8 @@ KINDS = (
     Kind("process restarted in order", _left, SHORT, TAKEN_OVER, heals_at_once=True),
     Kind("process frozen for a moment", _frozen, (0.2, HEARTBEAT_S - 0.5), TAKEN_OVER),
     Kind("process frozen past its claims", _frozen, LONG, TAKEN_OVER, heals_at_once=True),
-    Kind("master switch off in one worker", _switched_off, (2.0, 5.0), TAKEN_OVER),
+    Kind("master switch off", _switched("off"), (2.0, 5.0), TAKEN_OVER),
+    Kind("shadow mode", _switched("shadow"), (2.0, 5.0), TAKEN_OVER),
     Kind("clock jump in one process", _jumping, (1.0, 4.0), TAKEN_OVER),
     Kind("redis killed", _server("redis", "kill"), SHORT, REDIS),
     Kind("redis restarted", _server("redis", "stop"), SHORT, REDIS),

@@ -16,6 +16,7 @@ from tests.processes import ROOT
 
 _READY_S = 40.0
 _EXIT_S = 45.0
+_SWITCHED_ON = 'mollifier_switch{switch="enabled"} 1.0'
 
 
 @dataclass(slots=True, eq=False)
@@ -35,8 +36,8 @@ class Member:
     is_frozen: bool = False
     exits: list[int] = field(default_factory=list)
 
-    def start(self, **settings: str) -> None:
-        """Start a process; `settings` are variables that differ from the fleet's."""
+    def start(self) -> None:
+        """Start a process."""
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -47,7 +48,6 @@ class Member:
             "DATABASE_URL": f"postgresql://postgres@127.0.0.1:{self.postgres.port}/postgres",
             "PORT": str(self.port),
             **self.settings,
-            **settings,
         }
         module = f"workers.{self.line}"
         run = ["-m", "tests.chaos.skewed", module] if self.can_jump else ["-m", module]
@@ -131,6 +131,15 @@ class Fleet:
         """The members of some lines, or all."""
         return [member for member in self.members if not lines or member.line in lines]
 
+    async def is_on(self, within_s: float = 20.0) -> None:
+        """Wait until no trigger worker is switched off: who is cut off from Postgres hears of it late."""
+        deadline = asyncio.get_running_loop().time() + within_s
+        for member in self.of("triggers"):
+            while asyncio.get_running_loop().time() < deadline:
+                if _SWITCHED_ON in await asyncio.to_thread(_read, member.port, "/metrics"):
+                    break
+                await asyncio.sleep(0.1)
+
     async def leave(self) -> dict[str, int]:
         """Ask all to leave; how each of them ended."""
         await asyncio.gather(*(member.leave() for member in self.members))
@@ -145,11 +154,16 @@ class Fleet:
 
 
 def _is_ready(port: int) -> bool:
+    return bool(_read(port, "/health/ready"))
+
+
+def _read(port: int, path: str) -> str:
+    """A page of a process' HTTP side; empty when it does not answer well."""
     try:
-        with urlopen(f"http://127.0.0.1:{port}/health/ready", timeout=2):
-            return True
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=2) as page:
+            return str(page.read(), "utf-8")
     except HTTPError as error:
         error.close()
-        return False
+        return ""
     except OSError:
-        return False
+        return ""

@@ -1,0 +1,3 @@
+-- Leave something to the environment variables again.
+-- $1 name, text
+DELETE FROM mollifier.settings WHERE name = $1
