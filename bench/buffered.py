@@ -4,6 +4,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from itertools import count as count_up
 
 import orjson
 
@@ -20,18 +21,19 @@ from bench.triggers import ORGANIZATIONS, PAYLOAD, used_by
 from schemas.snapshot import SCHEMA_VERSION, Snapshot
 
 _BATCH = 2000
+_sequence = count_up()
 _KEY_LIVES = timedelta(days=30)
 
 
-def snapshots(count: int, environments: int, first: int = 0) -> list[Snapshot]:
-    """Runs as a trigger with an idempotency key makes them, buffered now."""
+def snapshots(count: int, environments: int) -> list[Snapshot]:
+    """Runs as a trigger with an idempotency key makes them, buffered now. No two have the same key, ever."""
     now = datetime.now(UTC)
     milliseconds = int(now.timestamp() * 1000)
     payload = orjson.dumps(PAYLOAD)
     made = []
-    for number in range(first, first + count):
+    for number in range(count):
         environment = number % environments
-        run_id = derive("bench", f"{milliseconds}-{number}", str(environment))
+        run_id = derive("bench", f"{milliseconds}-{next(_sequence)}", str(environment))
         made.append(
             Snapshot(
                 schema_version=SCHEMA_VERSION,
@@ -41,7 +43,7 @@ def snapshots(count: int, environments: int, first: int = 0) -> list[Snapshot]:
                 environment_id=f"env_{environment}",
                 task="send-email",
                 payload=payload,
-                idempotency_key=f"drained-{number}",
+                idempotency_key=f"key-of-{run_id}",
                 idempotency_key_expires_at=now + _KEY_LIVES,
                 trace_id=trace_id(run_id),
                 span_id=span_id(run_id),
@@ -77,6 +79,7 @@ class Filling:
             batch = runs[start : start + _BATCH]
             for answer in await self._world.buffer.accept(batch, [None] * len(batch)):
                 assert isinstance(answer, Answer), answer
+                assert not answer.is_cached, "its key was taken"
 
     async def depth(self) -> int:
         """How many entries are in it, queued or draining."""

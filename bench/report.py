@@ -10,7 +10,7 @@ _WIDTH = 110
 _INTRODUCTION = """\
 # Benchmarks
 
-What `{command}` found, and wrote here by itself: {pairs} repeats, {minutes:.0f} minutes.
+What `{command}` found, and wrote here by itself. Repeats: {pairs}. It took {minutes:.0f} minutes.
 
 Both sides of a comparison do the same work in the same run on the same servers, taken in turn (A B, B A, …).
 The table below holds the medians of the ratios of those pairs, each with its smallest and largest; the

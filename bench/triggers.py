@@ -58,7 +58,7 @@ async def work_off(stage: Stage, workers: Sequence[Process], bodies: Sequence[by
     An entry leaves the stream when it was answered and acknowledged, so the stream's length says how far
     they are. By the first that leaves, others are half done: processor time is that of all, in proportion.
     """
-    idle_s = used_by(workers)
+    answered, idle_s = await _runs(workers), used_by(workers)
     async with stage.redis.pipeline(transaction=True) as pipeline:
         for number, body in enumerate(bodies):
             fields = {"body": body, "reply_to": f"mollifier:reply:bench:{number}", "correlation_id": number}
@@ -81,13 +81,20 @@ async def work_off(stage: Stage, workers: Sequence[Process], bodies: Sequence[by
     redis_s, all_s = stage.redis_cpu_s, machine_s()
     await until(is_done, f"{count} requests to be answered")
     seconds = time.perf_counter() - started
-    return Reading(
+    reading = Reading(
         count,
         seconds,
         (used_by(workers) - idle_s) * count / len(bodies),
         stage.redis_cpu_s - redis_s,
         machine_s() - all_s,
     )
+    assert await _runs(workers) - answered == len(bodies), "not every request was answered with a run"
+    return reading
+
+
+async def _runs(workers: Sequence[Process]) -> float:
+    """How many requests were answered with a run so far."""
+    return sum([await worker.metric("mollifier_replies_total", code="run") for worker in workers])
 
 
 def used_by(processes: Sequence[Process]) -> float:

@@ -173,7 +173,7 @@ class TestReport:
         assert "It rained." in lines
         assert "| ours, a second | 1,234 | 1,000 to 2,000 |" in lines
         assert "`python -m bench` found" in text
-        assert "3 repeats, 2 minutes" in text
+        assert "Repeats: 3. It took 2 minutes." in text
 
 
 class TestCommand:
@@ -208,9 +208,15 @@ class TestCommand:
 
     @pytest.mark.parametrize(
         ("arguments", "complaint"),
-        [("--only mollify,races", "races is none of"), ("--only drain --write page.md", "leave out --only")],
+        [
+            ("--only mollify,races", "races is none of"),
+            ("--only drain --write {}", "no --only"),
+            ("--share 0.5 --write {}", "no --share"),
+        ],
     )
-    def test_a_wrong_argument_is_named(self, run: Callable[..., Any], arguments: str, complaint: str) -> None:
-        result = run(arguments)
+    def test_a_wrong_argument_is_named(
+        self, run: Callable[..., Any], tmp_path: Path, arguments: str, complaint: str
+    ) -> None:
+        result = run(arguments.format(tmp_path / "page.md"))
         assert result.exit_code == 2
         assert complaint in " ".join(result.stderr.replace("│", "").split())
