@@ -1,15 +1,15 @@
 """Step 5: one run per idempotency key (G4). Claim the keys of a batch, look the won ones up in Postgres.
 
 Requests with one key follow the first of them. A request whose key another worker holds leaves the
-batch for the waiting room, and comes back, by way of `recall`, when the key is free or taken. Bypassed
-requests claim nothing: Postgres' unique index is their arbiter, once the buffer has no run of their key.
+batch for the waiting room, and comes back, by way of `recall`, when the key is free or taken. What cannot
+be mollified claims nothing: Postgres' unique index is the arbiter, once the buffer has no run of the key.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from app.batch import Answer, Batch, Item
-from app.decide import bypass_reason, is_enrolled, may_be_mollified
+from app.decide import may_be_mollified
 from app.errors import ClaimTimedOut, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
 from app.switches import Switches
@@ -73,7 +73,7 @@ class Deduplicate:
         return list(leaders.values())
 
     async def _find_winners(self, items: Sequence[Item]) -> None:
-        """Answer bypassed requests whose key a buffered run has; a parent waits for that one then."""
+        """Answer who claims nothing and whose key a buffered run has; a parent waits for that one then."""
         if not items:
             return
         hits = []
@@ -137,13 +137,11 @@ class Deduplicate:
 
 
 def _may_find_a_winner(item: Item, switches: Switches) -> bool:
+    """Whether a request claims nothing, and may meet a buffered run of its key all the same: of one that is
+    no bypass, or that came before operators took the organization out, or switched to shadow mode."""
     assert item.request is not None
-    return (
-        switches.enabled
-        and item.request.options.idempotency_key is not None
-        and bypass_reason(item.request) is not None
-        and is_enrolled(item.request, switches)
-    )
+    has_key = item.request.options.idempotency_key is not None
+    return has_key and switches.enabled and not may_be_mollified(item, switches)
 
 
 def _runs(items: Sequence[Item]) -> list[Snapshot]:

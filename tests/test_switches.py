@@ -168,6 +168,25 @@ async def test_g5_who_waits_for_a_key_goes_on_without_it() -> None:
     assert world.pipeline.waiting_room.held == set()
 
 
+@pytest.mark.parametrize("decided", [{"switch": "shadow"}, {"enrolment": {"org_1": False}}])
+async def test_g4_who_is_not_mollified_any_more_is_given_the_buffered_run_of_its_key(
+    decided: dict[str, Any],
+) -> None:
+    """Without claiming it, and unless nobody may look (G5)."""
+    world = World()
+    world.gate.passes = 0
+    keyed = body(options={"idempotency_key": "k"})
+    (buffered,) = await world.handle(entry(keyed))
+    world.decide(**decided)
+    (reply, other) = await world.handle(entry(keyed), entry(body(options={"idempotency_key": "other"})))
+    assert (reply["run"], reply["is_cached"]) == (buffered["run"], True)
+    assert not other["is_mollified"]
+    assert world.claims.values == {("env_1", "send-email", "k"): buffered["run"]["id"]}
+    world.decide(switch="off")
+    (reply,) = await world.handle(entry(keyed))
+    assert not reply["is_cached"]
+
+
 @pytest.mark.parametrize(
     "decided", [{"switch": "off"}, {"switch": "shadow"}, {"enrolment": {"org_1": False}}]
 )

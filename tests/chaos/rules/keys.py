@@ -103,6 +103,8 @@ def _was_freed(
     if any(since <= max(end, are_rows) + 1 and start <= until for since, until in reset.get(key, ())):
         return True
     life_s = _life_s(keyed[key])
+    if life_s is not None and are_rows >= start + life_s and story.was_off(start, end):
+        return True  # nobody claimed; and the later of them became a row when a third may have had the key
     return life_s is not None and (end >= start + life_s - 0.1 or story.jumped(start - 5, end + 5))
 
 
