@@ -39,7 +39,8 @@ class Distribution(Collector):
     """
 
     def __init__(self, name: str, text: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
-        self.name, self.text = name, text
+        self.name = name
+        self.text = text
         self._bounds = bounds
         self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0

@@ -22,7 +22,9 @@ def all_metrics() -> list[DescribedMetric]:
     for one in vars(Metrics()).values():
         if isinstance(one, MetricWrapperBase):
             name = one._name + ("_total" if one._type == "counter" else "")
-            described.append(DescribedMetric(name, one._type, tuple(one._labelnames), one._documentation))
+            described.append(
+                DescribedMetric(name, str(one._type), tuple(one._labelnames), one._documentation)
+            )
         elif isinstance(one, Distribution):
             described.append(DescribedMetric(one.name, "histogram", (), one.text))
     return described

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import msgspec.inspect as inspection
 import pytest
+import yaml
 
 import app.keys
 from app import errors, metrics
@@ -227,7 +228,7 @@ def _unit(metric: DescribedMetric) -> str:
     }.items(),
 )
 def test_label_values_that_are_known_beforehand_are_documented(label: str, values: Sequence[str]) -> None:
-    (text,) = table("metrics.md", "label", "values")[label]
+    (text,) = table("metrics.md", "label", "values")[label.strip("`")]
     assert tuple(re.findall(r"`([a-z_]+)`(?=[:,;.]|$)", text)) == values
 
 
@@ -257,6 +258,21 @@ def test_every_log_event_is_documented() -> None:
     }
     documented = table("metrics.md", "event", "level", "when")
     assert {(event, level) for event, (level, _) in documented.items()} == said
+
+
+def test_every_alert_has_its_section_in_the_runbook() -> None:
+    """And every section is an alert's, with what it means, what to look at and what to do."""
+    alerts = yaml.safe_load((ROOT / "ops/prometheus/alerts.yml").read_text())
+    rules = [rule for group in alerts["groups"] for rule in group["rules"]]
+    runbook = DOCS / "runbook.md"
+    sections = re.findall(r"^## (Mollifier\w+)$", runbook.read_text(), re.MULTILINE)
+    assert sections == [rule["alert"] for rule in rules]
+    for rule in rules:
+        path, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        assert (ROOT / path, anchor in _anchors(runbook)) == (runbook, True)
+        assert anchor == rule["alert"].lower()
+        parts = re.findall(r"^\*\*(.+?)\.\*\*", section("runbook.md", rule["alert"]), re.MULTILINE)
+        assert parts == ["What it means", "What to look at", "What to do"]
 
 
 def test_the_procfile_starts_every_worker() -> None:
@@ -377,7 +393,7 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = re.findall(r"`((?:app|workers|schemas|tests|docs)/[\w./-]+\.\w+)`", page.read_text())
+    named = re.findall(r"`((?:app|workers|schemas|tests|docs|ops)/[\w./-]+\.\w+)`", page.read_text())
     assert [file for file in named if not (ROOT / file).exists()] == []
 
 
