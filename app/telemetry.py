@@ -67,6 +67,7 @@ class Telemetry:
             self._metrics.decisions.labels(*labels).inc(count)
             if decision.outcome is Outcome.SHADOW:
                 self._shadow(organization_id, count)
+        self.summarise()
 
     def claimed(self, states: Mapping[str, int]) -> None:
         """Count claims by what became of them."""
@@ -217,10 +218,9 @@ class Telemetry:
         self._metrics.telemetry_failures.labels(what).inc()
 
     def _shadow(self, organization_id: str, count: int) -> None:
-        """Name the organizations that shadow mode would have mollified, enrolled or not."""
+        """Remember whom shadow mode would have mollified, enrolled or not, until that is logged."""
         tally = self._shadowed
         tally[organization_id if organization_id in tally or len(tally) < _MOST_SHADOWED else OTHER] += count
-        self.summarise()
 
     def summarise(self) -> None:
         """Log what is summed up before it is logged, when it is due."""
