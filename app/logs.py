@@ -18,6 +18,10 @@ REPEAT_S = 5.0
 """A storm would say the same thing over and over; it is said once in so much time."""
 
 
+_MOST_NAMES = 1000
+_NAMED = 10
+
+
 class Log:
     """What one process says. A line that cannot be written is given up, and `failed` is called."""
 
@@ -53,6 +57,26 @@ class Log:
             return False
         self._said[what] = now
         return True
+
+
+class Tally:
+    """Counts by name until they are logged together. Names that come too late are all `other`."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self.total = 0
+
+    def add(self, name: str, count: int) -> None:
+        is_known = name in self._counts or len(self._counts) < _MOST_NAMES
+        self._counts[name if is_known else "other"] += count
+        self.total += count
+
+    def take(self) -> tuple[int, dict[str, int]]:
+        """The total, and the names that have most of it, most first; then it is empty."""
+        taken = self.total, dict(self._counts.most_common(_NAMED))
+        self._counts.clear()
+        self.total = 0
+        return taken
 
 
 def configure_logging(settings: Settings) -> None:
