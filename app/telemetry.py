@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 from app.batch import Entry, Item, Outcome
@@ -25,6 +26,7 @@ class Telemetry:
         self._log = Log(process, lambda: self.failed_to_tell("log"))
         self.spans: Spans | None = None
         self._shadowed = Tally()
+        self._stage = cache(lambda name: self._metrics.stages.labels(name).observe)
         self.registry = self._metrics.registry
 
     # Requests
@@ -42,7 +44,7 @@ class Telemetry:
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Time one step on one batch."""
-        return Timed(self._metrics.stages.labels(name).observe)
+        return Timed(self._stage(name))
 
     def decided(self, items: Sequence[Item]) -> None:
         """Count decisions once they stand."""
