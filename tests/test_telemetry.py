@@ -21,7 +21,7 @@ from app.metrics import ORGANIZATIONS, Distribution
 from app.settings import Settings
 from app.telemetry import Telemetry
 from app.validate import build_run
-from tests.builders import START_MS, body, run
+from tests.builders import NOW, START_MS, body, run
 from tests.processes import ROOT, TRIPS_AT_TWO, Workers, staged
 from tests.producer import new_environment, request
 from tests.waiting import eventually
@@ -146,6 +146,31 @@ def _time(work: Callable[[], None]) -> float:
     started = perf_counter()
     work()
     return perf_counter() - started
+
+
+class BrokenSpans:
+    """Spans that cannot be made."""
+
+    def answered(self, items: object, now_s: float) -> None:
+        raise ZeroDivisionError
+
+    def materialised(self, ends: object, taken_at: object, written_at: object) -> None:
+        raise ZeroDivisionError
+
+    def close(self) -> None:
+        raise ZeroDivisionError
+
+
+def test_spans_that_cannot_be_made_are_counted_and_nothing_else() -> None:
+    telemetry = Telemetry("test")
+    telemetry.spans = BrokenSpans()
+    with capture_logs() as lines:
+        telemetry.responded([Item(Entry("1-0", {}))])
+        telemetry.drained([(run(), "inserted")], NOW, NOW)
+        telemetry.close()
+    assert value(telemetry, "telemetry_failures_total", what="traces") == 3
+    assert value(telemetry, "drained_total", result="inserted") == 1
+    assert [line["event"] for line in lines] == ["traces.failed"]
 
 
 class TestLog:
