@@ -1,10 +1,11 @@
 """The sweeper's side of the buffer: what is in it, and the environments that no drainer knows of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 from app.keys import Keys
-from app.ports import Figures
-from app.redis_client import Call, Scripts
+from app.ports import Figures, StreamFigures
+from app.redis_client import Call, Scripts, consumers_in
 from app.settings import Settings
 
 _LOOK_AT_ENVIRONMENTS = 1000
@@ -15,6 +16,9 @@ _LOOK_AT_ENTRIES = 200
 
 _NAMED = 10
 """Most environments in a report of stale entries."""
+
+_LOOK_AT_CONSUMERS = 1000
+"""Most consumers of a stream whose heartbeats are looked for: those that were at work last."""
 
 _SEARCH_ENVIRONMENTS = 4000
 """Most environments of a pass that are looked for in the schedule."""
@@ -75,6 +79,28 @@ class RedisCensus:
             for (_, environments), answer in zip(partitions, await self._scripts.demand(calls), strict=True)
             for environment, entries in zip(environments, answer, strict=True)
         }
+
+    async def count_streams(self) -> tuple[Mapping[str, StreamFigures], int]:
+        """See `ports.Census.count_streams`."""
+        streams = {"triggers": self._keys.triggers, "operations": self._keys.operations}
+        answers = await self._scripts.run(
+            [Call("XINFO", None, ["CONSUMERS", stream, self._keys.group]) for stream in streams.values()]
+        )
+        consumers = [sorted(consumers_in(answer), key=itemgetter(b"idle")) for answer in answers]
+        names = [[one[b"name"].decode() for one in of_stream[:_LOOK_AT_CONSUMERS]] for of_stream in consumers]
+        lengths = [Call("XLEN", None, [stream]) for stream in (*streams.values(), self._keys.dead_letters)]
+        beats = [
+            Call("EXISTS", None, [self._keys.heartbeat(name)]) for of_stream in names for name in of_stream
+        ]
+        answers = await self._scripts.demand([*lengths, *beats])
+        alive = iter(answers[len(lengths) :])
+        figures = {}
+        for stream, of_stream, named, length in zip(streams, consumers, names, answers, strict=False):
+            pending = sum(one[b"pending"] for one in of_stream)
+            # What is answered is deleted: whatever is neither that nor pending has not been read yet.
+            waiting = max(0, length - pending)
+            figures[stream] = StreamFigures(sum(next(alive) for _ in named), waiting, pending)
+        return figures, answers[len(streams)]
 
     async def announce_lost(self) -> int:
         """See `ports.Census.announce_lost`."""

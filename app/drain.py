@@ -7,7 +7,6 @@ already are ignored, so repeating is harmless. One drainer holds an environment,
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -79,7 +78,11 @@ class Drain:
         Raises:
             Unreachable: the buffer cannot be reached.
         """
-        return await self._turns.take(self._size.current)
+        taken = await self._turns.take(self._size.current)
+        taken_over = sum(len(one.entries) for one in taken if one.is_taken_over)
+        if taken_over:
+            self._telemetry.recovered("holder_gone", taken_over)
+        return taken
 
     async def handle(self, taken: Sequence[Taken]) -> int:
         """Materialise entries that were taken; how many.
@@ -94,14 +97,15 @@ class Drain:
             is_hung = isinstance(error, StatementTimedOut)
             if is_hung:
                 self._size.observe(math.inf)
-            await self._turns.put_back(taken, apart=is_hung, may_be_done=error.may_be_done)
+            why = "timed_out" if is_hung else "store_unavailable"
+            await self._put_back(taken, why, apart=is_hung, may_be_done=error.may_be_done)
             raise
         except Unreachable:
-            await self._turns.put_back(taken, apart=False, may_be_done=True)
+            await self._put_back(taken, "unreachable", apart=False, may_be_done=True)
             raise
         except Exception:
             # Nobody expected it, so nobody knows whose fault it was.
-            await self._turns.put_back(taken, apart=True, may_be_done=True)
+            await self._put_back(taken, "failed", apart=True, may_be_done=True)
             raise
 
     async def _handle(self, taken: Sequence[Taken]) -> int:
@@ -109,12 +113,17 @@ class Drain:
         loads = unpack(taken, now)
         await self._write([load for load in loads if load.row is not None], now)
         await self._write_failures([load for load in loads if load.trouble and load.row is not None], now)
+        written_at = self._clock()
         await self._bury([load for load in loads if load.trouble])
         runs = [load.run for load in loads if load.run is not None]
         await self._turns.settle(taken, runs)
         await self._reservations.release([run for run in runs if not run_ids.is_derived(run.id)])
-        self._count(loads, now)
+        self._telemetry.drained([(load.run, _result(load)) for load in loads], now, written_at)
         return len(loads)
+
+    async def _put_back(self, taken: Sequence[Taken], why: str, *, apart: bool, may_be_done: bool) -> None:
+        self._telemetry.put_back(why, sum(len(one.entries) for one in taken))
+        await self._turns.put_back(taken, apart=apart, may_be_done=may_be_done)
 
     async def _write(self, loads: Sequence[Load], now: datetime) -> None:
         rows = [load.row for load in loads if load.row is not None]
@@ -155,11 +164,6 @@ class Drain:
         for letter in letters:
             self._telemetry.dead_letter(letter.reason, letter.entry_id, letter.detail)
 
-    def _count(self, loads: Sequence[Load], now: datetime) -> None:
-        results = Counter("dead" if load.result is None else load.result.result for load in loads)
-        arrivals = (load.run.buffered_at for load in loads if load.run is not None)
-        self._telemetry.drained(results, ((now - at).total_seconds() for at in arrivals if at is not None))
-
 
 def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
     """The rows that entries become, with what was changed since; an entry that cannot be read has none."""
@@ -175,6 +179,14 @@ def unpack(taken: Sequence[Taken], now: datetime) -> list[Load]:
                 load.trouble = f"the snapshot cannot be read: {error!r}"
             loads.append(load)
     return loads
+
+
+def _result(load: Load) -> str:
+    """What is counted: `system_failure` for a row that only says why there is no other."""
+    if load.result is None:
+        return "dead"
+    is_failure = load.result.result == "inserted" and load.row is not None and load.row.error is not None
+    return "system_failure" if is_failure else load.result.result
 
 
 def failure_row(row: Row, reason: str) -> Row:

@@ -33,7 +33,7 @@ class Intake:
 
     async def _run(self, entries: Sequence[Entry]) -> None:
         try:
-            self._telemetry.batch(self._kind, len(entries))
+            self._telemetry.received(self._kind, entries)
             await self._handle(entries)
         except Unreachable as error:
             self._telemetry.unreachable("batch", error)

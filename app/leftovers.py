@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import asyncpg
-from redis.exceptions import ResponseError
 
-from app.errors import Unreachable
 from app.keys import Keys, tenant
 from app.ports import Kept
 from app.postgres import acquire, statement
-from app.redis_client import Call, Scripts
+from app.redis_client import Call, Scripts, consumers_in
 from app.settings import Settings
 
 _PENDING = b"pending:"
@@ -40,7 +38,7 @@ class RedisLeftovers:
             [Call("XINFO", None, ["CONSUMERS", stream, self._keys.group]) for stream in streams]
         )
         idle = {
-            stream: [name for name in map(self._idle_consumer, _consumers(answer)) if name][:_DROP_AT_ONCE]
+            stream: [name for name in map(self._idle_consumer, consumers_in(answer)) if name][:_DROP_AT_ONCE]
             for stream, answer in zip(streams, answers, strict=True)
         }
         dead = await self._without_heartbeat(sorted({name for names in idle.values() for name in names}))
@@ -140,16 +138,3 @@ class PostgresRows:
 
 def _tag(key: str) -> str:
     return key[key.index("{") : key.index("}")]
-
-
-def _consumers(answer: Any) -> list[dict[bytes, Any]]:
-    """What XINFO CONSUMERS says; none when the stream or its group is not there.
-
-    Raises:
-        Unreachable: the server refused.
-    """
-    if not isinstance(answer, ResponseError):
-        return [dict(zip(fields[::2], fields[1::2], strict=True)) for fields in answer]
-    if "NOGROUP" in str(answer) or "no such key" in str(answer):
-        return []
-    raise Unreachable(f"Redis: {answer}") from answer

@@ -179,13 +179,15 @@ class Store(Protocol):
 class Taken(NamedTuple):
     """The oldest entries of one environment, held by a drainer: (entry id, encoded snapshot), in order.
 
-    `overlays` has what was changed since, by entry id; `hold` tells this time from any other.
+    `overlays` has what was changed since, by entry id; `hold` tells this time from any other. They
+    may be taken over from a drainer that has died.
     """
 
     environment_id: str
     entries: Sequence[tuple[str, bytes]]
     overlays: Mapping[str, bytes]
     hold: int
+    is_taken_over: bool = False
 
 
 class Turns(Protocol):
@@ -287,14 +289,30 @@ class Figures(NamedTuple):
     stalest: Sequence[tuple[str, int]]
 
 
+class StreamFigures(NamedTuple):
+    """A request stream at one moment: consumers that are alive, requests not read yet, requests at work."""
+
+    consumers: int
+    waiting: int
+    pending: int
+
+
 class Census(Protocol):
-    """The buffer as a whole, as the sweeper sees it."""
+    """The buffer as a whole, and the streams beside it, as the sweeper sees them."""
 
     async def count(self) -> Figures:
         """Count what is buffered.
 
         Raises:
             Unreachable: the buffer cannot be read.
+        """
+        ...
+
+    async def count_streams(self) -> tuple[Mapping[str, StreamFigures], int]:
+        """The request streams, by `triggers` and `operations`; and how many dead letters there are.
+
+        Raises:
+            Unreachable: they cannot be read.
         """
         ...
 

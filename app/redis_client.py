@@ -140,6 +140,19 @@ def _script(name: str) -> tuple[str, str]:
     return text, sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
+def consumers_in(answer: Any) -> list[dict[bytes, Any]]:
+    """What XINFO CONSUMERS says; none when the stream or its group is not there.
+
+    Raises:
+        Unreachable: the server refused.
+    """
+    if not isinstance(answer, ResponseError):
+        return [dict(zip(fields[::2], fields[1::2], strict=True)) for fields in answer]
+    if "NOGROUP" in str(answer) or "no such key" in str(answer):
+        return []
+    raise Unreachable(f"Redis: {answer}") from answer
+
+
 class PatientRetry(Retry):
     """For a client that only reads a stream: whatever Redis says, wait with jitter and read again.
 

@@ -50,6 +50,11 @@ def span_id(run_id: str) -> str:
     return blake2b(run_id.encode(), digest_size=8, person=b"span").hexdigest()
 
 
+def buffered_span_id(run_id: str) -> str:
+    """The W3C span id of the time that a run was buffered."""
+    return blake2b(run_id.encode(), digest_size=8, person=b"buffered").hexdigest()
+
+
 def trace_id(run_id: str) -> str:
     """The W3C trace id (32 hexadecimal digits) of a run whose producer sent no `traceparent`."""
     return blake2b(run_id.encode(), digest_size=16, person=b"trace").hexdigest()

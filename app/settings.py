@@ -15,7 +15,14 @@ from app.errors import ConfigurationError
 
 PREFIX = "MOLLIFIER_"
 
-_SCHEMES = {"redis_url": ("redis", "rediss"), "database_url": ("postgresql", "postgres")}
+_SCHEMES = {
+    "redis_url": ("redis", "rediss"),
+    "database_url": ("postgresql", "postgres"),
+    "otel_exporter_otlp_endpoint": ("http", "https"),
+    "otel_exporter_otlp_traces_endpoint": ("http", "https"),
+}
+
+_HAVE_PASSWORDS = ("_URL", "_ENDPOINT")
 
 Positive = Annotated[int, Field(ge=1, le=2_147_483_647)]
 Natural = Annotated[int, Field(ge=0, le=2_147_483_647)]
@@ -148,6 +155,21 @@ class Settings(BaseSettings):
         default="info", description="Least severe event that is logged."
     )
     log_format: Literal["json", "console"] = Field(default="json", description="`json` or `console`.")
+    otel_traces_exporter: Literal["", "otlp", "none"] = Field(
+        default="",
+        validation_alias="OTEL_TRACES_EXPORTER",
+        description="`otlp` has spans exported, `none` has not; empty: if there is an endpoint for them.",
+    )
+    otel_exporter_otlp_endpoint: str = Field(
+        default="",
+        validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
+        description="Where an OpenTelemetry collector takes OTLP over HTTP.",
+    )
+    otel_exporter_otlp_traces_endpoint: str = Field(
+        default="",
+        validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        description="The same for spans alone, with the path.",
+    )
 
     @field_validator("reply_channels")
     @classmethod
@@ -158,15 +180,15 @@ class Settings(BaseSettings):
             raise ValueError(f"is not a regular expression: {error}") from None
         return value
 
-    @field_validator("redis_url", "database_url")
+    @field_validator(*_SCHEMES)
     @classmethod
     def _is_url(cls, value: str, info: ValidationInfo) -> str:
         schemes = _SCHEMES[str(info.field_name)]
-        if urlsplit(value).scheme not in schemes:
+        if value and urlsplit(value).scheme not in schemes:
             raise ValueError(f"is not a URL that begins with {' or '.join(f'{one}://' for one in schemes)}")
         return value
 
-    @field_validator("log_level", "log_format", "gate_window", mode="before")
+    @field_validator("log_level", "log_format", "gate_window", "otel_traces_exporter", mode="before")
     @classmethod
     def _any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
@@ -176,6 +198,12 @@ class Settings(BaseSettings):
         """What a whole `reply_to` must match: wire.md, "Reply"."""
         default = rf"{re.escape(self.namespace)}:reply:.{{1,200}}|[A-Za-z0-9]{{22}}"
         return re.compile(self.reply_channels or default, re.DOTALL)
+
+    @property
+    def are_traces_wanted(self) -> bool:
+        """Whether an exporter of spans is configured."""
+        endpoint = self.otel_exporter_otlp_endpoint or self.otel_exporter_otlp_traces_endpoint
+        return self.otel_traces_exporter == "otlp" or (self.otel_traces_exporter == "" and bool(endpoint))
 
     @classmethod
     def variable(cls, field: str) -> str:
@@ -199,7 +227,7 @@ class Settings(BaseSettings):
         """Every variable with its effective value, for people to read; passwords are left out."""
         shown = {self.variable(name): str(getattr(self, name)) for name in type(self).model_fields}
         return {
-            name: _without_password(value) if name.endswith("_URL") else value
+            name: _without_password(value) if name.endswith(_HAVE_PASSWORDS) else value
             for name, value in shown.items()
         }
 
@@ -208,7 +236,7 @@ def _complaint(settings: type[Settings], error: Any) -> str:
     field = str(error["loc"][0])
     name = settings.variable(field) if field in settings.model_fields else field
     message = error["msg"].removeprefix("Value error, ")
-    value = "" if name.endswith("_URL") else f" (it is {error['input']!r})"
+    value = "" if name.endswith(_HAVE_PASSWORDS) else f" (it is {error['input']!r})"
     return f"{name}: {message}{value}"
 
 

@@ -52,18 +52,23 @@ class RequestStream:
     async def ensure_group(self) -> bool:
         """Create the group at the stream's beginning if it is not there; whether it had to be.
 
+        This consumer becomes one of its: Redis 7.0 would list it only once it has read something.
+
         Raises:
             Unreachable: Redis cannot be reached, or refuses.
         """
+        is_new = True
         try:
-            await self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
-        except ResponseError as error:
-            if "BUSYGROUP" in str(error):
-                return False
+            try:
+                await self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+                is_new = False
+            await self._redis.xgroup_createconsumer(self._stream, self._group, self._consumer)
+        except (*LOST, ResponseError) as error:
             raise Unreachable(f"Redis: {error}") from error
-        except LOST as error:
-            raise Unreachable(f"Redis: {error}") from error
-        return True
+        return is_new
 
     async def recover(self, held: Collection[str], most: int) -> tuple[str, list[list[Entry]]]:
         """Take over up to `most` entries that nobody is working on; why, and the batches to handle them in.

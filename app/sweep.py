@@ -48,11 +48,12 @@ class Sweep:
         """
         try:
             await self._count()
+            await self._count_streams()
             await self._announce_lost()
             await self._drop_consumers()
             result = await self._retire()
         except BaseException:
-            self._telemetry.buffered()
+            self._telemetry.figures_unknown()
             self._telemetry.passed("failed")
             raise
         self._telemetry.passed(result)
@@ -63,6 +64,12 @@ class Sweep:
         self._telemetry.buffered(figures.depth, figures.oldest_dwell_s, figures.draining, figures.stale)
         if figures.stale:
             self._telemetry.found_stale(figures.stale, figures.oldest_dwell_s, figures.stalest)
+
+    async def _count_streams(self) -> None:
+        streams, dead_letters = await self._census.count_streams()
+        for stream, figures in streams.items():
+            self._telemetry.streamed(stream, *figures)
+        self._telemetry.dead_letters_held(dead_letters)
 
     async def _announce_lost(self) -> None:
         """Bring back environments that the schedule lost: one is announced only when it becomes ready."""

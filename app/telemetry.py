@@ -1,335 +1,250 @@
-"""Every metric and log event, by name. Metrics are Prometheus', log lines structlog's.
+"""What a process tells the world. The core says here what has happened; it is counted, logged and traced.
 
-Labels are bounded: an organization is one only when it is enrolled, environments and runs never.
-No event carries a payload or a credential.
+Nothing in here fails a request. No log line carries a payload or a credential.
 """
 
-import logging
-import sys
 import time
-from collections import Counter as Tally
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from math import nan
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
+from functools import cache
 from typing import Any
 
-import orjson
-import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
-from app.batch import Item
+from app.batch import Entry, Item, Outcome
 from app.errors import RequestError
-from app.settings import Settings
+from app.logs import Log, Tally
+from app.metrics import Metrics, Timed
+from app.spans import Ends, Spans
 from app.switches import Switches
-
-_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_SLOW = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200)
-_SIZES = (1, 2, 5, 10, 25, 50, 100, 250, 500, 1000, 2000, 3000)
-_REPEAT_S = 5.0
 
 
 class Telemetry:
-    """What one process tells the world. One registry a process, so tests can have many."""
+    """What one process tells the world. Without `spans` nothing is traced."""
 
     def __init__(self, process: str) -> None:
-        self.registry = CollectorRegistry()
-        self.log: structlog.stdlib.BoundLogger = structlog.get_logger().bind(process=process)
-        self._last_said: dict[str, float] = {}
-        registry = self.registry
-        self._decisions = Counter(
-            "mollifier_decisions",
-            "Gate decisions, by what became of the request and why.",
-            ["outcome", "reason", "enrolled", "organization"],
-            registry=registry,
-        )
-        self._gate_failures = Counter(
-            "mollifier_gate_failures",
-            "Evaluations of the gate that failed, and so let pass.",
-            registry=registry,
-        )
-        self._replies = Counter(
-            "mollifier_replies",
-            "Requests that were finished, by code (`run` for a run).",
-            ["code"],
-            registry=registry,
-        )
-        self._reply_latency = Histogram(
-            "mollifier_reply_seconds",
-            "From a request's arrival in the stream to its reply.",
-            buckets=_FAST,
-            registry=registry,
-        )
-        self._stages = Histogram(
-            "mollifier_stage_seconds",
-            "Time of one step on one batch.",
-            ["stage"],
-            buckets=_FAST,
-            registry=registry,
-        )
-        self._batch_sizes = Histogram(
-            "mollifier_batch_size",
-            "Requests or rows handled together.",
-            ["stage"],
-            buckets=_SIZES,
-            registry=registry,
-        )
-        self._claims = Counter(
-            "mollifier_claims",
-            "Claims of idempotency keys, by what became of them.",
-            ["state"],
-            registry=registry,
-        )
-        self._dead_letters = Counter(
-            "mollifier_dead_letters", "Requests and entries set aside.", ["reason"], registry=registry
-        )
-        self._recovered = Counter(
-            "mollifier_recovered",
-            "Entries taken over, by what had become of their holder.",
-            ["why"],
-            registry=registry,
-        )
-        self._unreachable = Counter(
-            "mollifier_unreachable",
-            "Times that a server did not answer, by what was asked.",
-            ["what"],
-            registry=registry,
-        )
-        self._drained = Counter(
-            "mollifier_drained",
-            "Buffered runs that were materialised, by result.",
-            ["result"],
-            registry=registry,
-        )
-        self._dwell = Histogram(
-            "mollifier_dwell_seconds",
-            "From acceptance into the buffer to the row.",
-            buckets=_SLOW,
-            registry=registry,
-        )
-        self._commits = Histogram(
-            "mollifier_drain_commit_seconds",
-            "Time that Postgres takes to commit one batch of the drain.",
-            buckets=_FAST,
-            registry=registry,
-        )
-        self._drain_batch_size = Gauge(
-            "mollifier_drain_batch_size",
-            "Rows that the drain commits at once; it follows the time of commits.",
-            registry=registry,
-        )
-        self._depth = Gauge(
-            "mollifier_buffer_depth", "Entries in the buffer, queued or draining.", registry=registry
-        )
-        self._oldest_dwell = Gauge(
-            "mollifier_buffer_oldest_dwell_seconds",
-            "How long the oldest entry has been in the buffer.",
-            registry=registry,
-        )
-        self._draining = Gauge(
-            "mollifier_buffer_draining", "Entries that drainers are writing.", registry=registry
-        )
-        self._stale = Gauge(
-            "mollifier_buffer_stale",
-            "Entries in the buffer whose dwell is over MOLLIFIER_STALE_THRESHOLD_MS.",
-            registry=registry,
-        )
-        self.buffered()
-        self._sweeping = Gauge(
-            "mollifier_sweeper_active",
-            "1 while this sweeper is the one that works, else 0.",
-            registry=registry,
-        )
-        self._passes = Counter(
-            "mollifier_sweeper_passes", "Passes of the sweeper, by result.", ["result"], registry=registry
-        )
-        self._swept = Counter(
-            "mollifier_swept", "What the sweeper put in order, by kind.", ["what"], registry=registry
-        )
-        self._switch = Gauge(
-            "mollifier_switch",
-            "1 while a switch is on in this process, else 0.",
-            ["switch"],
-            registry=registry,
-        )
-        self._ready = Gauge(
-            "mollifier_ready", "1 while the process has what it needs to work, else 0.", registry=registry
-        )
+        self._metrics = Metrics()
+        self._log = Log(process, lambda: self.failed_to_tell("log"))
+        self.spans: Spans | None = None
+        self._shadowed = Tally()
+        self._stage = cache(lambda name: self._metrics.stages.labels(name).observe)
+        self.registry = self._metrics.registry
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one step on one batch."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._stages.labels(name).observe(time.perf_counter() - started)
+    # Requests
+
+    def received(self, stream: str, entries: Sequence[Entry]) -> None:
+        """A batch begins: what was read, or taken over."""
+        again = len([entry for entry in entries if entry.deliveries > 1])
+        self._metrics.requests.labels(stream, "first").inc(len(entries) - again)
+        self._metrics.requests.labels(stream, "again").inc(again)
+        self.batch(stream, len(entries))
 
     def batch(self, stage: str, size: int) -> None:
-        self._batch_sizes.labels(stage).observe(size)
+        """So much is handled together."""
+        self._metrics.batch_sizes.labels(stage).observe(size)
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Time one step on one batch."""
+        return Timed(self._stage(name))
 
     def decided(self, items: Sequence[Item]) -> None:
         """Count decisions once they stand."""
-        counts = Tally(
-            (
-                decision.outcome.value,
-                decision.reason,
-                decision.enrolled,
-                run.organization_id if decision.enrolled else "",
-            )
-            for decision, run in ((item.decision, item.run) for item in items if not item.suspended)
-            if decision is not None and run is not None
+        counts = Counter(
+            [
+                (item.decision, item.run.organization_id)
+                for item in items
+                if item.decision is not None and item.run is not None and not item.suspended
+            ]
         )
-        for (outcome, reason, enrolled, organization), count in counts.items():
-            self._decisions.labels(outcome, reason, str(enrolled).lower(), organization).inc(count)
-
-    def gate_failed(self, error: Exception) -> None:
-        self._gate_failures.inc()
-        self._say("gate.failed", error=str(error))
-
-    def recall_failed(self, error: Exception) -> None:
-        self._say("recall.failed", error=str(error))
-
-    def unreachable(self, what: str, error: Exception) -> None:
-        self._unreachable.labels(what).inc()
-        self._say("unreachable", what=what, error=str(error))
+        for (decision, organization_id), count in counts.items():
+            organization = self._metrics.organization(organization_id) if decision.enrolled else ""
+            labels = decision.outcome.value, decision.reason, str(decision.enrolled).lower(), organization
+            self._metrics.decisions.labels(*labels).inc(count)
+            if decision.outcome is Outcome.SHADOW:
+                self._shadowed.add(organization_id, count)
+        self.summarise()
 
     def claimed(self, states: Mapping[str, int]) -> None:
         """Count claims by what became of them."""
         for state, count in states.items():
-            self._claims.labels(state).inc(count)
+            self._metrics.claims.labels(state).inc(count)
 
     def claims_lost(self, count: int) -> None:
         """Count claims that had run out, or were another's, when they were to be ended."""
         if count:
-            self._claims.labels("lost").inc(count)
+            self._metrics.claims.labels("lost").inc(count)
 
     def responded(self, items: Sequence[Item]) -> None:
         """Count finished requests, and how long their producers waited."""
-        now_ms = time.time() * 1000
+        now_s = time.time()
+        self._metrics.reply_latency.observe_all(_ages_s(items, now_s))
+        waits = [time.monotonic() - item.waiting_since for item in items if item.waiting_since is not None]
+        if waits:
+            self._metrics.claim_wait.observe_all(waits)
+        runs = 0
         for item in items:
-            if item.reply_to is not None:
-                self._reply_latency.observe(max(0.0, now_ms - item.entry.ms) / 1000)
+            if isinstance(item.outcome, RequestError):
+                self._metrics.replies.labels(item.outcome.code).inc()
+            elif item.outcome is not None or item.shown is not None:
+                runs += 1
             if item.dead_letter is not None:
                 self.dead_letter(item.dead_letter.reason, item.entry.id, item.dead_letter.detail)
-        codes = Tally(
-            item.outcome.code if isinstance(item.outcome, RequestError) else "run"
-            for item in items
-            if item.outcome is not None or item.shown is not None
-        )
-        for code, count in codes.items():
-            self._replies.labels(code).inc(count)
+        self._metrics.replies.labels("run").inc(runs)
+        if self.spans is not None:
+            with self._traced():
+                self.spans.answered(items, now_s)
 
     def dead_letter(self, reason: str, entry_id: str, detail: str) -> None:
-        self._dead_letters.labels(reason).inc()
-        self._say("dead_letter", reason=reason, entry_id=entry_id, detail=detail)
+        self._metrics.dead_letters.labels(reason).inc()
+        self.trouble("dead_letter", reason=reason, entry_id=entry_id, detail=detail)
 
     def recovered(self, why: str, count: int) -> None:
-        self._recovered.labels(why).inc(count)
-        self.log.warning("recovered", why=why, entries=count)
+        """Entries were taken over, by what had become of their holder."""
+        self._metrics.recovered.labels(why).inc(count)
+        self._log.say("warning", "recovered", why=why, entries=count)
 
-    def drained(self, results: Mapping[str, int], dwells_s: Iterable[float]) -> None:
+    # The drain
+
+    def drained(self, ends: Ends, taken_at: datetime, written_at: datetime) -> None:
         """Count materialised entries by result, and how long each had been buffered."""
-        for result, count in results.items():
-            self._drained.labels(result).inc(count)
-        for dwell_s in dwells_s:
-            self._dwell.observe(max(0.0, dwell_s))
+        for result, count in Counter([result for _, result in ends]).items():
+            self._metrics.drained.labels(result).inc(count)
+        written_s = written_at.timestamp()
+        self._metrics.dwell.observe_all(
+            [
+                written_s - run.buffered_at.timestamp()
+                for run, _ in ends
+                if run is not None and run.buffered_at is not None
+            ]
+        )
+        if self.spans is not None:
+            with self._traced():
+                self.spans.materialised(ends, taken_at, written_at)
+
+    def put_back(self, why: str, count: int) -> None:
+        """Entries stay buffered for now, and are taken again."""
+        self._metrics.put_back.labels(why).inc(count)
 
     def committed(self, seconds: float) -> None:
         """Postgres took so long to commit one batch of the drain."""
-        self._commits.observe(seconds)
+        self._metrics.commits.observe(seconds)
 
     def drain_batch_size(self, size: int) -> None:
-        self._drain_batch_size.set(size)
+        self._metrics.drain_batch_size.set(size)
 
-    def buffered(
-        self,
-        depth: float = nan,
-        oldest_dwell_s: float = nan,
-        draining: float = nan,
-        stale: float = nan,
-    ) -> None:
-        """The buffer's figures; without any they are not known (any more)."""
-        self._depth.set(depth)
-        self._oldest_dwell.set(oldest_dwell_s)
-        self._draining.set(draining)
-        self._stale.set(stale)
+    # What all processes share
+
+    def buffered(self, depth: float, oldest_dwell_s: float, draining: float, stale: float) -> None:
+        """The buffer's figures."""
+        self._metrics.depth.set(depth)
+        self._metrics.oldest_dwell.set(oldest_dwell_s)
+        self._metrics.draining.set(draining)
+        self._metrics.stale.set(stale)
+
+    def streamed(self, stream: str, consumers: float, waiting: float, pending: float) -> None:
+        """A request stream's figures."""
+        self._metrics.consumers.labels(stream).set(consumers)
+        self._metrics.waiting.labels(stream).set(waiting)
+        self._metrics.pending.labels(stream).set(pending)
+
+    def dead_letters_held(self, count: float) -> None:
+        self._metrics.dead_letters_held.set(count)
+
+    def figures_unknown(self) -> None:
+        """The figures of what is shared are not known any more."""
+        self._metrics.forget_shared()
 
     def found_stale(
         self, entries: int, oldest_dwell_s: float, environments: Sequence[tuple[str, int]]
     ) -> None:
         """Report stale entries, with the environments that have most of them."""
-        self._say("stale", entries=entries, oldest_dwell_s=oldest_dwell_s, environments=dict(environments))
+        self.trouble("stale", entries=entries, oldest_dwell_s=oldest_dwell_s, environments=dict(environments))
 
     def sweeping(self, is_active: bool) -> None:
-        self._sweeping.set(is_active)
+        self._metrics.sweeping.set(is_active)
 
     def swept(self, what: str, count: int) -> None:
         """Count what was put in order."""
-        self._swept.labels(what).inc(count)
+        self._metrics.swept.labels(what).inc(count)
 
     def passed(self, result: str) -> None:
-        self._passes.labels(result).inc()
+        self._metrics.passes.labels(result).inc()
+
+    # The process
 
     def switched(self, switches: Switches) -> None:
         """The process goes by these switches."""
-        self._switch.labels("enabled").set(switches.enabled)
-        self._switch.labels("shadow_mode").set(switches.shadow_mode)
-        self._switch.labels("drain_paused").set(switches.decided.drain_paused)
+        self._metrics.switch.labels("enabled").set(switches.enabled)
+        self._metrics.switch.labels("shadow_mode").set(switches.shadow_mode)
+        self._metrics.switch.labels("drain_paused").set(switches.decided.drain_paused)
 
     def ready(self, is_ready: bool) -> None:
-        self._ready.set(is_ready)
+        self._metrics.ready.set(is_ready)
+
+    def gate_failed(self, error: Exception) -> None:
+        self._metrics.gate_failures.inc()
+        self.trouble("gate.failed", error=str(error))
+
+    def recall_failed(self, error: Exception) -> None:
+        self.trouble("recall.failed", error=str(error))
+
+    def unreachable(self, what: str, error: Exception) -> None:
+        self._metrics.unreachable.labels(what).inc()
+        self.trouble("unreachable", what=what, error=str(error))
 
     def event(self, name: str, **fields: Any) -> None:
         """Log something that happens a few times in the life of a process."""
-        self.log.info(name, **fields)
+        self._log.say("info", name, **fields)
 
     def trouble(self, name: str, **fields: Any) -> None:
         """Log something that is wrong and may go on for a while; repeated every few seconds at most."""
-        self._say(name, **fields)
+        self._log.say_seldom("warning", name, **fields)
 
     def failed(self, name: str, error: BaseException, **fields: Any) -> None:
-        """Log an error that nobody expected, with its stack."""
-        self.log.error(name, exc_info=error, **fields)
+        """Log an error that nobody expected, with its stack; one of its kind every few seconds at most."""
+        self._log.say_seldom("error", name, type(error).__name__, exc_info=error, **fields)
 
-    def _say(self, name: str, **fields: Any) -> None:
-        now = time.monotonic()
-        if now - self._last_said.get(name, -_REPEAT_S) >= _REPEAT_S:
-            self._last_said[name] = now
-            self.log.warning(name, **fields)
+    def traces_failed(self, error: object) -> None:
+        """Spans could not be made or delivered. Also called from the thread that delivers them."""
+        self.failed_to_tell("traces")
+        self.trouble("traces.failed", error=str(error))
 
+    def failed_to_tell(self, what: str) -> None:
+        self._metrics.telemetry_failures.labels(what).inc()
 
-def configure_logging(settings: Settings) -> None:
-    """One line an event on standard output: JSON, or coloured for people. Libraries' warnings included."""
-    shared: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    if settings.log_format == "json":
-        # Without the variables of a traceback's frames: they hold payloads.
-        traceback = structlog.tracebacks.ExceptionDictTransformer(show_locals=False, max_frames=20)
-        rendering: list[Any] = [
-            structlog.processors.ExceptionRenderer(traceback),
-            structlog.processors.JSONRenderer(serializer=_json),
-        ]
-    else:
-        rendering = [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-    level = logging.getLevelNamesMapping()[settings.log_level.upper()]
-    structlog.configure(
-        processors=[*shared, *rendering],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
-        )
-    )
-    logging.basicConfig(level=max(level, logging.WARNING), handlers=[handler], force=True)
+    def summarise(self) -> None:
+        """Log what is summed up before it is logged, when it is due."""
+        if self._shadowed.total and self._log.is_due("gate.shadow"):
+            requests, organizations = self._shadowed.take()
+            self._log.say("info", "gate.shadow", requests=requests, organizations=organizations)
+
+    def close(self) -> None:
+        """Deliver what has not been yet."""
+        self.summarise()
+        if self.spans is not None:
+            with self._traced():
+                self.spans.close()
+
+    @contextmanager
+    def _traced(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.traces_failed(error)
 
 
-def _json(event: Any, **options: Any) -> str:
-    return orjson.dumps(event, **options).decode()
+def _ages_s(items: Sequence[Item], now_s: float) -> list[float]:
+    """How long ago those requests arrived whose producers wait. An id is read once for each millisecond: in a
+    storm that would be most of what telemetry costs.
+    """
+    ages: list[float] = []
+    prefix, age_s = "-", 0.0
+    for item in items:
+        if item.reply_to is None:
+            continue
+        entry_id = item.entry.id
+        if not entry_id.startswith(prefix):
+            prefix = entry_id.partition("-")[0] + "-"
+            age_s = now_s - item.entry.ms / 1000
+        ages.append(age_s)
+    return ages

@@ -37,7 +37,7 @@ class RedisTurns:
                 dead = await self.schedule.without_heartbeat(sorted(set(held.values())))
                 abandoned = {environment: holder for environment, holder in held.items() if holder in dead}
                 more, _ = await self._take(abandoned, turn)
-                taken += more
+                taken += [one._replace(is_taken_over=True) for one in more]
                 for environment in held.keys() - abandoned.keys():
                     self.schedule.report(environment, turn.hold, Report(0, None, 0, "busy"))
         except BaseException:

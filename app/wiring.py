@@ -11,6 +11,7 @@ from app.buffered_runs import RedisBufferedRuns
 from app.census import RedisCensus
 from app.claims import RedisClaims
 from app.drain import Drain
+from app.errors import ConfigurationError
 from app.gate import RedisGate
 from app.health import Health
 from app.heartbeat import Heartbeat, consumer_name
@@ -36,6 +37,25 @@ from app.switches import Switchboard, Switches
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
 from app.wake import Wake
+
+
+def open_telemetry(settings: Settings, process: str) -> Telemetry:
+    """What a process tells the world. OpenTelemetry is imported only if an exporter is configured.
+
+    Raises:
+        ConfigurationError: one is, and OpenTelemetry is not installed.
+    """
+    telemetry = Telemetry(process)
+    if settings.are_traces_wanted:
+        try:
+            from app.traces import OtelSpans
+        except ModuleNotFoundError as error:
+            raise ConfigurationError(
+                f"OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_ENDPOINT: spans are wanted, but {error.name} "
+                "is not installed: pip install 'mollifier[traces]'"
+            ) from error
+        telemetry.spans = OtelSpans(process, telemetry.traces_failed)
+    return telemetry
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,13 @@ class Worker:
     """One process of a Procfile line; started at once, and killed at the end whatever happens."""
 
     def __init__(
-        self, line: str, redis_url: str, database_url: str, folder: Path, settings: dict[str, object]
+        self,
+        line: str,
+        redis_url: str,
+        database_url: str,
+        folder: Path,
+        settings: dict[str, object],
+        stdout: int | None = None,
     ) -> None:
         self.line = line
         self.port = _free_port()
@@ -55,7 +61,11 @@ class Worker:
         environment |= {f"MOLLIFIER_{name.upper()}": str(value) for name, value in settings.items()}
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                shlex.split(command), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+                shlex.split(command),
+                cwd=ROOT,
+                env=environment,
+                stdout=log if stdout is None else stdout,
+                stderr=subprocess.STDOUT if stdout is None else log,
             )
         self.pid = self.process.pid
 
@@ -167,7 +177,13 @@ class Workers:
 
     def start(self, line: str, redis_url: str, database_url: str, **settings: object) -> Worker:
         """Start one line of the Procfile; `settings` are variables without `MOLLIFIER_`, in any case."""
-        worker = Worker(line, redis_url, database_url, self._folder, settings)
+        return self._start(Worker(line, redis_url, database_url, self._folder, settings))
+
+    def start_speaking_to(self, stdout: int, line: str, redis_url: str, database_url: str) -> Worker:
+        """Start one line of the Procfile whose standard output is a file descriptor of the test's."""
+        return self._start(Worker(line, redis_url, database_url, self._folder, {}, stdout))
+
+    def _start(self, worker: Worker) -> Worker:
         self.started.append(worker)
         return worker
 

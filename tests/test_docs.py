@@ -2,23 +2,23 @@
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec.inspect as inspection
 import pytest
-from prometheus_client.metrics import MetricWrapperBase
+import yaml
 
 import app.keys
-from app import errors
+from app import errors, metrics
 from app.errors import RequestError
-from app.rows import COLUMNS, FROM_SNAPSHOT, JSON_FROM_SNAPSHOT
+from app.rows import COLUMNS, FROM_SNAPSHOT, JSON_FROM_SNAPSHOT, Materialised
 from app.settings import Settings
-from app.telemetry import Telemetry
 from schemas.replies import MOLLIFIED
 from schemas.requests import TriggerRequest
 from schemas.snapshot import Snapshot
+from tests.described import DescribedMetric, all_metrics
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -28,8 +28,8 @@ SQL = sorted((ROOT / "app/sql").rglob("*.sql"))
 LUA = sorted((ROOT / "app/lua").glob("*.lua"))
 MIGRATIONS = "".join(path.read_text() for path in sorted((ROOT / "app/sql/migrations").glob("*.sql")))
 
-LEVELS = {"event": "info", "trouble": "warning", "_say": "warning", "warning": "warning", "failed": "error"}
-"""The methods that log an event whose name is their first argument."""
+LEVELS = {"event": "info", "trouble": "warning", "failed": "error"}
+"""The methods that log an event whose name is their first argument. Those of a `Log` have the level first."""
 
 
 def name(path: Path) -> str:
@@ -197,16 +197,44 @@ def test_every_key_is_documented_with_its_type() -> None:
 
 
 def test_every_metric_is_documented() -> None:
-    metrics = [value for value in vars(Telemetry("test")).values() if isinstance(value, MetricWrapperBase)]
-    documented = table("metrics.md", "metric", "kind", "labels", "meaning")
+    documented = table("metrics.md", "metric", "kind", "unit", "labels", "meaning")
     assert documented == {
-        metric._name + ("_total" if metric._type == "counter" else ""): (
-            metric._type,
-            ", ".join(f"`{label}`" for label in metric._labelnames),
-            metric._documentation,
+        metric.name: (
+            metric.kind,
+            _unit(metric),
+            ", ".join(f"`{label}`" for label in metric.labels),
+            metric.text,
         )
-        for metric in metrics
+        for metric in all_metrics()
     }
+
+
+def _unit(metric: DescribedMetric) -> str:
+    if "_seconds" in metric.name:
+        return "seconds"
+    return "0 or 1" if metric.text.startswith("1 while") else "count"
+
+
+@pytest.mark.parametrize(
+    ("label", "values"),
+    {
+        "`stream`": metrics.STREAMS,
+        "`delivery`": metrics.DELIVERIES,
+        "`reason` of a dead letter": metrics.DEAD_LETTERS,
+        "`why` taken over": metrics.RECOVERED,
+        "`why` put back": metrics.PUT_BACK,
+        "`result` of an entry": metrics.DRAINED,
+        "`what` was not delivered": metrics.TELEMETRY,
+    }.items(),
+)
+def test_label_values_that_are_known_beforehand_are_documented(label: str, values: Sequence[str]) -> None:
+    (text,) = table("metrics.md", "label", "values")[label.strip("`")]
+    assert tuple(re.findall(r"`([a-z_]+)`(?=[:,;.]|$)", text)) == values
+
+
+def test_the_reasons_that_metrics_know_are_all_there_are() -> None:
+    assert set(metrics.DEAD_LETTERS) == set(table("wire.md", "reason", "what happened"))
+    assert {*get_args(Materialised.__annotations__["result"]), "system_failure", "dead"} == {*metrics.DRAINED}
 
 
 def test_every_log_event_is_documented() -> None:
@@ -219,9 +247,32 @@ def test_every_log_event_is_documented() -> None:
         and node.func.attr in LEVELS
         and node.args
         and isinstance(node.args[0], ast.Constant)
+    } | {
+        (node.args[1].value, node.args[0].value)
+        for node in ast.walk(ast.parse((ROOT / "app/telemetry.py").read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("say", "say_seldom")
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[1], ast.Constant)
     }
     documented = table("metrics.md", "event", "level", "when")
     assert {(event, level) for event, (level, _) in documented.items()} == said
+
+
+def test_every_alert_has_its_section_in_the_runbook() -> None:
+    """And every section is an alert's, with what it means, what to look at and what to do."""
+    alerts = yaml.safe_load((ROOT / "ops/prometheus/alerts.yml").read_text())
+    rules = [rule for group in alerts["groups"] for rule in group["rules"]]
+    runbook = DOCS / "runbook.md"
+    sections = re.findall(r"^## (Mollifier\w+)$", runbook.read_text(), re.MULTILINE)
+    assert sections == [rule["alert"] for rule in rules]
+    for rule in rules:
+        path, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+        assert (ROOT / path, anchor in _anchors(runbook)) == (runbook, True)
+        assert anchor == rule["alert"].lower()
+        parts = re.findall(r"^\*\*(.+?)\.\*\*", section("runbook.md", rule["alert"]), re.MULTILINE)
+        assert parts == ["What it means", "What to look at", "What to do"]
 
 
 def test_the_procfile_starts_every_worker() -> None:
@@ -342,7 +393,7 @@ def _anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    named = re.findall(r"`((?:app|workers|schemas|tests|docs)/[\w./-]+\.\w+)`", page.read_text())
+    named = re.findall(r"`((?:app|workers|schemas|tests|docs|ops)/[\w./-]+\.\w+)`", page.read_text())
     assert [file for file in named if not (ROOT / file).exists()] == []
 
 

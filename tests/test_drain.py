@@ -590,6 +590,9 @@ class TestG12Refused:
             assert failure[name] == getattr(refused, name), name
         for name in ("batch_id", "batch_index", "parent_run_id", "root_run_id", "depth", "queue"):
             assert failure[name] == links[name], name
+        assert bench.metric("drained_total", result="inserted") == 15
+        assert bench.metric("drained_total", result="system_failure") == 1
+        assert bench.metric("dwell_seconds_count") == 16
         error = json.loads(failure["error"])
         assert error["code"] == "materialisation_failed"
         assert "23514" in error["message"]
@@ -810,6 +813,9 @@ class TestG2TroubleOfPostgres:
             assert await place.arrived(environment) == ids(accepted)
         await bench.turns.schedule.flush()
         await place.nothing_is_held()
+        put_back = [bench.metric("put_back_total", why=why) for why in ("store_unavailable", "timed_out")]
+        assert sum(one or 0 for one in put_back) > 0
+        assert bench.metric("dwell_seconds_count") == 70
 
     @pytest.mark.parametrize("state", ["40001", "40P01", "53200", "55P03", "57P01", "57014", "XX000", "gone"])
     async def test_in_the_middle_of_a_batch_costs_no_attempt(self, place: Place, state: str) -> None:

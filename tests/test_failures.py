@@ -162,6 +162,7 @@ class TestProcesses:
             rows = await stage.rows(environment, count=60)
             assert {row["id"] for row in rows} == {reply["run"]["id"] for reply in replies}
             assert await sibling.metric("mollifier_drained_total") > 0
+            assert await sibling.metric("mollifier_recovered_total", why="holder_gone") > 0
 
     async def _is_writing(self, database_url: str, writers: int) -> None:
         """Asserts how many connections stand before the locked table (a killed process' one stays)."""

@@ -28,6 +28,8 @@ def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("REDIS_URL", "nowhere"),
         ("REDIS_URL", "http://127.0.0.1:6379"),
         ("DATABASE_URL", "mysql://127.0.0.1/db"),
+        ("OTEL_TRACES_EXPORTER", "jaeger"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
     ],
 )
 def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
@@ -42,9 +44,29 @@ def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variabl
 def test_passwords_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "rediss://user:s3cret@redis.internal:6380/0")
     monkeypatch.setenv("DATABASE_URL", "postgresql://app:s3cret@db.internal/app")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://user:s3cret@collector.internal")
     shown = Settings.load().masked()
     assert shown["REDIS_URL"] == "rediss://user:***@redis.internal:6380/0"
     assert "s3cret" not in str(shown)
+
+
+@pytest.mark.parametrize(
+    ("variables", "are_wanted"),
+    [
+        ({}, False),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318"}, True),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4318/v1/traces"}, True),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", "OTEL_TRACES_EXPORTER": "none"}, False),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "", "OTEL_TRACES_EXPORTER": ""}, False),
+    ],
+)
+def test_traces_are_wanted_once_an_exporter_is_configured(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], are_wanted: bool
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert Settings.load().are_traces_wanted == are_wanted
 
 
 def test_settings_cannot_be_changed() -> None:

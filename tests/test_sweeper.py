@@ -21,11 +21,12 @@ from app.heartbeat import Heartbeat
 from app.keys import Keys
 from app.lease import Lease
 from app.leftovers import PostgresRows, RedisLeftovers
-from app.ports import Settlement
+from app.ports import Settlement, StreamFigures
 from app.redis_client import Call, Scripts
 from app.rows import Row
 from app.settings import Settings
 from app.store import PostgresStore
+from app.streams import RequestStream
 from app.sweep import Sweep
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
@@ -435,6 +436,55 @@ class TestConsumers:
         _, dropped = await asyncio.gather(working, drops())
         assert (await client.xpending(self.STREAM, KEYS.group))["pending"] == 24
         assert dropped > 0
+
+
+class TestStreams:
+    FIGURES = ("consumers", "requests_waiting", "requests_pending")
+
+    async def test_without_streams_there_is_nobody_and_nothing(self, client: Redis) -> None:
+        nothing = StreamFigures(0, 0, 0)
+        assert await make_census(client).count_streams() == ({"triggers": nothing, "operations": nothing}, 0)
+
+    async def test_who_is_alive_what_waits_and_what_is_at_work(self, client: Any) -> None:
+        """A consumer that has not read anything counts too; one without a heartbeat does not."""
+        for name in ("idle", "busy", "dead"):
+            await RequestStream(client, KEYS, KEYS.triggers, name, 60_000).ensure_group()
+        await beat(client, "idle")
+        await beat(client, "busy")
+        await RequestStream(client, KEYS, KEYS.operations, "busy", 60_000).ensure_group()
+        for _ in range(10):
+            await client.xadd(KEYS.triggers, {"body": "{}"})
+        for name, count in (("busy", 3), ("dead", 2)):
+            await client.xreadgroup(KEYS.group, name, {KEYS.triggers: ">"}, count=count)
+        (entry_id, _), *_ = await client.xrange(KEYS.triggers, count=1)
+        await client.xack(KEYS.triggers, KEYS.group, entry_id)
+        await client.xdel(KEYS.triggers, entry_id)
+        for _ in range(4):
+            await client.xadd(KEYS.dead_letters, {"reason": "undecodable"})
+        streams, dead_letters = await make_census(client).count_streams()
+        assert streams == {"triggers": StreamFigures(2, 5, 4), "operations": StreamFigures(1, 0, 0)}
+        assert dead_letters == 4
+
+    async def test_they_are_shown_until_a_pass_fails(self, client: Any, pool: Pool) -> None:
+        telemetry, scripts = Telemetry("test"), BrokenScripts(client)
+        one = make_sweep(scripts, pool, telemetry)
+
+        def shown(name: str, **labels: str) -> float:
+            return telemetry.registry.get_sample_value(f"mollifier_{name}", labels) or 0.0
+
+        await RequestStream(client, KEYS, KEYS.triggers, "mine", 60_000).ensure_group()
+        await beat(client, "mine")
+        await client.xadd(KEYS.triggers, {"body": "{}"})
+        await client.xadd(KEYS.dead_letters, {"reason": "undecodable"})
+        await one.make_pass()
+        assert shown("dead_letters_held") == 1
+        of_triggers = [shown(name, stream="triggers") for name in self.FIGURES]
+        assert of_triggers == [1, 1, 0]
+        scripts.broken = "EXISTS"
+        with pytest.raises(Unreachable):
+            await one.make_pass()
+        assert math.isnan(shown("dead_letters_held"))
+        assert all(math.isnan(shown(name, stream="triggers")) for name in self.FIGURES)
 
 
 class TestClaimsAndReservations:

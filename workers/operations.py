@@ -9,7 +9,7 @@ class Operations(Consumer):
     """Consumes the operations stream."""
 
     def __init__(self, world: World) -> None:
-        super().__init__(world, world.keys.operations, world.operate().handle, "operation")
+        super().__init__(world, world.keys.operations, world.operate().handle, "operations")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from faststream.redis import RedisBroker
 from prometheus_client import make_asgi_app
 
 from app.errors import ConfigurationError, StoreUnavailable, Unreachable
+from app.logs import configure_logging
 from app.settings import Settings
-from app.telemetry import Telemetry, configure_logging
-from app.wiring import World
+from app.telemetry import Telemetry
+from app.wiring import World, open_telemetry
 
 Loop = Callable[[], Awaitable[None]]
 
@@ -71,6 +72,7 @@ class Process:
         while not self.stopping.is_set():
             missing = await self.world.health.missing()
             self.world.telemetry.ready(not missing)
+            self.world.telemetry.summarise()
             if was is None or bool(missing) != bool(was):
                 self.world.telemetry.event("readiness", ready=not missing, missing=missing)
             was = missing
@@ -127,6 +129,7 @@ class Process:
     async def close(self) -> None:
         """Close connections; after the broker has stopped."""
         await self.world.close()
+        self.world.telemetry.close()
         self.world.telemetry.event("stopped", consumer=self.world.consumer)
 
     async def pause(self, seconds: float) -> None:
@@ -179,20 +182,23 @@ def run(make: Callable[[World], Process]) -> None:
         signal.signal(signal_number, lambda *_: sys.exit(0))
     try:
         settings = Settings.load()
+        configure_logging(settings)
+        telemetry = open_telemetry(settings, make.__name__.lower())
     except ConfigurationError as error:
         sys.exit(f"mollifier: the configuration is wrong.\n{error}")
-    configure_logging(settings)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((settings.host, settings.port))
         except OSError as error:
             sys.exit(f"mollifier: HOST={settings.host} PORT={settings.port}: {error.strerror}")
-        uvloop.run(_serve(settings, make, listener))
+        uvloop.run(_serve(settings, telemetry, make, listener))
 
 
-async def _serve(settings: Settings, make: Callable[[World], Process], listener: socket.socket) -> None:
-    world = await World.open(settings, Telemetry(make.__name__.lower()))
+async def _serve(
+    settings: Settings, telemetry: Telemetry, make: Callable[[World], Process], listener: socket.socket
+) -> None:
+    world = await World.open(settings, telemetry)
     process = make(world)
     config = uvicorn.Config(
         application(process),

@@ -61,7 +61,7 @@ class Sweeper(Process):
         if is_active and not self._is_active:
             self.world.telemetry.event("sweeper.active", consumer=self.world.consumer)
         if not is_active:
-            self.world.telemetry.buffered()
+            self.world.telemetry.figures_unknown()
             self._next_pass = 0.0
         self._is_active = is_active
         self.world.telemetry.sweeping(is_active)

@@ -12,7 +12,7 @@ class Triggers(Consumer):
 
     def __init__(self, world: World) -> None:
         pipeline = world.pipeline()
-        super().__init__(world, world.keys.triggers, pipeline.handle, "trigger")
+        super().__init__(world, world.keys.triggers, pipeline.handle, "triggers")
         self._waiting_room = pipeline.waiting_room
 
     def loops(self) -> Sequence[Loop]:
