@@ -20,6 +20,21 @@ class UnreadableReply(InternalError):
 _decoder: "msgspec.json.Decoder[Reply]" = msgspec.json.Decoder(Reply)
 
 
+class _Addressed(msgspec.Struct, gc=False):
+    correlation_id: str | None = None
+
+
+_addressed = msgspec.json.Decoder(_Addressed)
+
+
+def correlation_id(message: bytes) -> str | None:
+    """Which request a message answers, whatever else it holds; None: it does not say."""
+    try:
+        return _addressed.decode(message).correlation_id
+    except (ValueError, RecursionError):  # msgspec's own errors are ValueErrors
+        return None
+
+
 def read_reply(message: bytes, expected: type[Success]) -> Success:
     """The reply in a message.
 
