@@ -47,8 +47,8 @@ class Postbox:
     A request is appended once, and again only if it is repeatable: when the connection broke while it was
     sent, or replies may have been missed. One that is not is waited for instead; it may have been appended.
 
-    All replies come on one channel, told apart by their correlation ids. The user's name is part of it, so that
-    an ACL can keep users from hearing one another (docs/security.md): a rule cannot do so with patterns.
+    All replies come on one channel, told apart by their correlation ids. The user's name is part of it, so
+    that an ACL can keep users from hearing one another; it cannot where they subscribe to patterns.
     """
 
     def __init__(self, redis_url: str, namespace: str) -> None:
