@@ -220,7 +220,7 @@ def _complaint(settings: type[Settings], error: Any) -> str:
 
 
 def _is_readable(url: str) -> bool:
-    """Whether the host is where a driver looks for it. Its error would repeat a password that it takes for one."""
+    """Whether drivers find the host where it is; else they repeat in their errors what they take for it."""
     try:
         parts = urlsplit(url)
     except ValueError:
