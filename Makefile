@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check bench bench-quick chaos fuzz fmt clean
+.PHONY: help setup demo dev test check docs bench bench-quick chaos fuzz fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ check: .venv/.ready ## Check format, lint, imports and types, then run the tests
 	@report=$$($(BIN)/lint-imports) || { echo "$$report" >&2; exit 1; }
 	@$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
+
+docs: .venv/.ready ## Write docs/asyncapi.json, the wire as a document, from the schemas
+	@$(BIN)/python -m app.asyncapi docs/asyncapi.json
 
 bench: .venv/.ready bench/node/node_modules ## Measure ours beside others (10 minutes), and write docs/benchmarks.md
 	@$(BIN)/python -m bench --write docs/benchmarks.md

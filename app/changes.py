@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from app.errors import InvalidRequest, MetadataTooLarge, RunFinished, RunNotDelayed, TooManyTags
 from app.metadata import apply
+from app.nesting import MOST_LEVELS_OF_METADATA, is_deeper
 from app.rows import Row, status_at
 from schemas.operations import AnyMetadataOperation
 
@@ -125,6 +126,8 @@ def change_metadata(operations: Sequence[AnyMetadataOperation], most_bytes: int)
             metadata = _encode(apply(before, operations))
         except (OverflowError, RecursionError) as error:
             raise InvalidRequest(f"operations: what they come to cannot be written: {error}") from None
+        if is_deeper(metadata, MOST_LEVELS_OF_METADATA):
+            raise InvalidRequest(f"metadata: nested more than {MOST_LEVELS_OF_METADATA} levels deep")
         if len(metadata) > most_bytes:
             raise MetadataTooLarge(f"metadata: {len(metadata)} bytes are more than {most_bytes}")
         return _with_metadata(row, metadata)

@@ -9,11 +9,17 @@ import msgspec
 from app.batch import Batch, DeadLetter, Item
 from app.envelope import address, open_envelope
 from app.errors import InvalidRequest, PayloadTooLarge, RequestError, Undecodable
+from app.nesting import MOST_LEVELS, is_deeper
 from app.settings import Settings
 from schemas.operations import OperationRequest
 from schemas.requests import TriggerRequest
 
-_OTHER_FIELDS_BYTES = 131_072
+OTHERS_BYTES = 131_072
+"""Most bytes of a body beside payload and metadata, and of an entry beside its body."""
+
+LONGEST_ADDRESS = 1_024
+"""Most characters of `reply_to`, whatever MOLLIFIER_REPLY_CHANNELS says, and of `correlation_id`."""
+
 _LONGEST_PATH, _LONGEST_WORDS = 200, 300
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$\.?(?P<path>.*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"^Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`$", re.DOTALL)
@@ -41,7 +47,7 @@ class Decode:
     def __init__(self, settings: Settings, read: Callable[[Item, bytes, int], None] = read_trigger) -> None:
         self._read = read
         self._reply_channels = settings.reply_channel_pattern
-        self._longest = settings.max_payload_bytes + settings.max_metadata_bytes + _OTHER_FIELDS_BYTES
+        self._longest = settings.max_payload_bytes + settings.max_metadata_bytes + OTHERS_BYTES
 
     async def __call__(self, batch: Batch) -> None:
         for item in batch.items:
@@ -52,6 +58,7 @@ class Decode:
         try:
             body, item.reply_to, item.correlation_id = open_envelope(fields)
             if self._may_reply(item):
+                _refuse_long(item, body)
                 self._read(item, body, self._longest)
         except RequestError as error:
             item.outcome = error
@@ -60,11 +67,24 @@ class Decode:
                 self._may_reply(item)
 
     def _may_reply(self, item: Item) -> bool:
-        if item.reply_to is None or self._reply_channels.fullmatch(item.reply_to):
+        reply_to = item.reply_to
+        if reply_to is None or (
+            len(reply_to) <= LONGEST_ADDRESS and self._reply_channels.fullmatch(reply_to)
+        ):
             return True
         item.dead_letter = DeadLetter("reply_channel", "reply_to: this channel may not be replied on")
         item.reply_to = None
         return False
+
+
+def _refuse_long(item: Item, body: bytes) -> None:
+    """Refuse what is too much beside the body; a reply does not repeat it."""
+    if item.correlation_id is not None and len(item.correlation_id) > LONGEST_ADDRESS:
+        length, item.correlation_id = len(item.correlation_id), None
+        raise InvalidRequest(f"correlation_id: {length} characters are more than {LONGEST_ADDRESS}")
+    others = sum(map(len, item.entry.fields.values())) - len(body)
+    if others > OTHERS_BYTES:
+        raise PayloadTooLarge(f"beside the body: {others} bytes are more than {OTHERS_BYTES}")
 
 
 def decode_trigger(body: bytes, longest: int) -> TriggerRequest:
@@ -77,11 +97,13 @@ def decode_body(body: bytes, longest: int, decoder: "msgspec.json.Decoder[Reques
 
     Raises:
         Undecodable: not UTF-8 or not JSON.
-        InvalidRequest: JSON, but not such a request; the message names the field.
+        InvalidRequest: nested too deeply; or JSON, but not such a request: the message names the field.
         PayloadTooLarge: longer than any request within the limits could be.
     """
     if len(body) > longest:
         raise PayloadTooLarge(f"body: {len(body)} bytes are more than any request may have")
+    if is_deeper(body, MOST_LEVELS):
+        raise InvalidRequest(f"body: nested more than {MOST_LEVELS} levels deep")
     try:
         if not body.isascii():
             body.decode()
@@ -92,8 +114,6 @@ def decode_body(body: bytes, longest: int, decoder: "msgspec.json.Decoder[Reques
         raise InvalidRequest(_explain(str(error))) from None
     except msgspec.DecodeError as error:
         raise Undecodable(f"body: not JSON: {error}") from None
-    except RecursionError:
-        raise Undecodable("body: nested too deeply") from None
     except (UnicodeError, OverflowError, ValueError) as error:
         raise Undecodable(f"body: not JSON: {error}") from None
     return request

@@ -4,10 +4,10 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
+from schemas.requests import DURATION
+
 _UNITS = {"w": 604_800, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
-_DURATION = re.compile(
-    r"(?:(\d{1,9})w)?(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII
-)
+_DURATION = re.compile(DURATION, re.ASCII)
 
 LONGEST_S = 10 * 366 * 86_400
 

@@ -29,6 +29,7 @@
 Adapters translate their driver's errors into these once; the core asks only `retryable`.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -159,3 +160,13 @@ class StatementTimedOut(StoreUnavailable):
 class InternalError(RequestError):
     code, status, retryable = "internal_error", 500, True
     default = "The request could not be handled. Try again."
+
+
+def _subclasses(root: type[RequestError]) -> Iterator[type[RequestError]]:
+    for one in root.__subclasses__():
+        yield one
+        yield from _subclasses(one)
+
+
+CODES = {one.code: one for one in _subclasses(RequestError) if "code" in vars(one)}
+"""The class of every wire code."""

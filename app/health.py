@@ -49,5 +49,6 @@ async def _ask(check: Callable[[], Awaitable[object]]) -> str:
     except TimeoutError:
         return f"no answer within {_CHECK_S:.0f} s"
     except Exception as error:
-        return str(error) or type(error).__name__
+        reason = error.__cause__ or error  # an adapter's own error is a sentence for producers
+        return str(reason) or type(reason).__name__
     return ""

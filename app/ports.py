@@ -7,7 +7,7 @@ cannot be told what happened (`Unreachable`: the item is suspended and handed ou
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from app.batch import Answer, Claim, Item, Parent
 from app.errors import RequestError
@@ -239,7 +239,7 @@ class Letter(NamedTuple):
     entry_id: str
     snapshot: bytes
     overlay: bytes | None
-    reason: str
+    reason: Literal["undecodable", "refused"]
     detail: str
 
 

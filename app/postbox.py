@@ -15,7 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app.backoff import Backoff
 from app.errors import BufferUnavailable, RequestError
-from app.read_reply import Success, read_reply
+from app.read_reply import Success, correlation_id, read_reply
 from app.redis_client import connect
 
 _FIRST_RECONNECT_S, _LONGEST_RECONNECT_S = 0.05, 1.0
@@ -32,7 +32,7 @@ class Posted(Generic[Success]):
     `repeatable`: handled twice, it does what it does once. `doubt` says why the reply may never come.
     """
 
-    number: int
+    correlation_id: str
     stream: str
     body: bytes
     expected: type[Success]
@@ -46,14 +46,18 @@ class Postbox:
 
     A request is appended once, and again only if it is repeatable: when the connection broke while it was
     sent, or replies may have been missed. One that is not is waited for instead; it may have been appended.
+
+    All replies come on one channel, told apart by their correlation ids. The user's name is part of it, so
+    that an ACL can keep users from hearing one another; it cannot where they subscribe to patterns.
     """
 
     def __init__(self, redis_url: str, namespace: str) -> None:
         self._redis = connect(redis_url)
         self._redis.set_retry(Retry(NoBackoff(), 0))  # an append that is repeated unseen makes two runs
-        self._channels = f"{namespace}:reply:{secrets.token_hex(8)}:"
-        self._waiting: dict[int, Posted[Any]] = {}
-        self._outbox: dict[int, Posted[Any]] = {}
+        user = self._redis.connection_pool.connection_kwargs.get("username")
+        self._channel = f"{namespace}:reply:{f'{user}:' if user else ''}{secrets.token_hex(8)}"
+        self._waiting: dict[str, Posted[Any]] = {}
+        self._outbox: dict[str, Posted[Any]] = {}
         self._numbers = count(1)
         self._has_mail = asyncio.Event()
         self._listening = asyncio.Event()
@@ -85,24 +89,24 @@ class Postbox:
     def post(self, stream: str, body: bytes, expected: type[Success], *, repeatable: bool) -> Posted[Success]:
         """Put a request into the outbox. The caller forgets it in the end."""
         reply: asyncio.Future[Success] = asyncio.get_running_loop().create_future()
-        posted = Posted(next(self._numbers), stream, body, expected, repeatable, reply)
-        self._waiting[posted.number] = posted
+        posted = Posted(str(next(self._numbers)), stream, body, expected, repeatable, reply)
+        self._waiting[posted.correlation_id] = posted
         self._put_out(posted)
         return posted
 
     def forget(self, posted: Posted[Any]) -> None:
         """Nobody waits for this request any more. If it is still in the outbox, it is not sent."""
-        self._waiting.pop(posted.number, None)
-        self._outbox.pop(posted.number, None)
+        self._waiting.pop(posted.correlation_id, None)
+        self._outbox.pop(posted.correlation_id, None)
 
     def _put_out(self, posted: Posted[Any]) -> None:
-        self._outbox[posted.number] = posted
+        self._outbox[posted.correlation_id] = posted
         self._has_mail.set()
 
     def _doubt(self, requests: Iterable[Posted[Any]], why: str) -> None:
         """Replies to what was sent may have been missed: ask once more, where that does no harm."""
         for posted in requests:
-            is_sent = posted.number in self._waiting and posted.number not in self._outbox
+            is_sent = posted.correlation_id in self._waiting and posted.correlation_id not in self._outbox
             if is_sent and not posted.reply.done():
                 posted.doubt = why
                 if posted.repeatable:
@@ -116,7 +120,7 @@ class Postbox:
             await self._listening.wait()
             taken = list(islice(self._outbox.values(), _SENT_AT_ONCE))
             for posted in taken:
-                del self._outbox[posted.number]
+                del self._outbox[posted.correlation_id]
             if not self._outbox:
                 self._has_mail.clear()
             try:
@@ -130,8 +134,8 @@ class Postbox:
     async def _append(self, requests: Sequence[Posted[Any]]) -> None:
         async with self._redis.pipeline(transaction=False) as pipeline:
             for posted in requests:
-                fields: list[Any] = ["body", posted.body, "reply_to", f"{self._channels}{posted.number}"]
-                fields += ["correlation_id", posted.number]
+                fields: list[Any] = ["body", posted.body, "reply_to", self._channel]
+                fields += ["correlation_id", posted.correlation_id]
                 pipeline.execute_command("XADD", posted.stream, "*", *fields)
             answers = await pipeline.execute(raise_on_error=False)
         for posted, answer in zip(requests, answers, strict=True):
@@ -147,7 +151,7 @@ class Postbox:
         while True:
             pubsub = self._redis.pubsub()
             try:
-                await pubsub.psubscribe(self._channels + "*")
+                await pubsub.subscribe(self._channel)
                 await self._hear(pubsub, backoff)
             except Exception as error:
                 self._trouble = f"Redis: {_words(error)}"
@@ -166,7 +170,7 @@ class Postbox:
                     raise RedisTimeoutError("it does not answer")
                 await pubsub.ping()
             is_asked = message is None
-            if message is not None and message["type"] == "psubscribe":
+            if message is not None and message["type"] == "subscribe":
                 await (
                     self._redis.ping()
                 )  # a Redis that still loads its data takes subscriptions, nothing else
@@ -174,11 +178,11 @@ class Postbox:
                 self._listening.set()
             elif message is not None:
                 backoff.reset()  # not before: a reply that breaks the connection would break it at once again
-                if message["type"] == "pmessage":
-                    self._take(int(message["channel"].rpartition(b":")[2]), message["data"])
+                if message["type"] == "message":
+                    self._take(message["data"])
 
-    def _take(self, number: int, message: bytes) -> None:
-        posted = self._waiting.get(number)
+    def _take(self, message: bytes) -> None:
+        posted = self._waiting.get(correlation_id(message) or "")
         if posted is None or posted.reply.done():
             return
         try:

@@ -9,7 +9,14 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
-from app.errors import InternalError, InvalidRequest, RequestError, StatementTimedOut, StoreUnavailable
+from app.errors import (
+    ConfigurationError,
+    InternalError,
+    InvalidRequest,
+    RequestError,
+    StatementTimedOut,
+    StoreUnavailable,
+)
 
 Connection = Any
 """An asyncpg connection, pooled or not."""
@@ -40,12 +47,20 @@ async def connect(
 
 
 def split_url(url: str) -> tuple[str, dict[str, Any]]:
-    """The URL for Postgres, and the options in it that are asyncpg's."""
+    """The URL for Postgres, and the options in it that are asyncpg's.
+
+    Raises:
+        ConfigurationError: one of these is wrong.
+    """
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     cache_size = query.pop("statement_cache_size", None)
     dsn = urlunsplit(parts._replace(query=urlencode(query)))
-    return dsn, {} if cache_size is None else {"statement_cache_size": int(cache_size)}
+    if cache_size is None:
+        return dsn, {}
+    if not cache_size.isdecimal():
+        raise ConfigurationError("DATABASE_URL: statement_cache_size: must be a number")
+    return dsn, {"statement_cache_size": int(cache_size)}
 
 
 @asynccontextmanager
@@ -80,7 +95,7 @@ def is_unavailable(error: Exception) -> bool:
     if isinstance(error, asyncpg.PostgresError):
         return (error.sqlstate or "XX")[:2] in _UNAVAILABLE_CLASSES
     if isinstance(error, asyncpg.InterfaceError):
-        return not isinstance(error, ValueError)
+        return not isinstance(error, ValueError) or isinstance(error, asyncpg.ClientConfigurationError)
     return isinstance(error, OSError | TimeoutError | asyncpg.InternalClientError)
 
 

@@ -1,11 +1,10 @@
 """Replies as a client reads them: typed, or raised as the error that they speak of."""
 
-from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
 
-from app.errors import InternalError, InvalidRequest, RequestError
+from app.errors import CODES, InternalError, InvalidRequest, RequestError
 from schemas.replies import ErrorDetail, ErrorReply, Reply
 
 Success = TypeVar("Success")
@@ -18,6 +17,21 @@ class UnreadableReply(InternalError):
 
 
 _decoder: "msgspec.json.Decoder[Reply]" = msgspec.json.Decoder(Reply)
+
+
+class _Addressed(msgspec.Struct, gc=False):
+    correlation_id: str | None = None
+
+
+_addressed = msgspec.json.Decoder(_Addressed)
+
+
+def correlation_id(message: bytes) -> str | None:
+    """Which request a message answers, whatever else it holds; None: it does not say."""
+    try:
+        return _addressed.decode(message).correlation_id
+    except (ValueError, RecursionError):  # msgspec's own errors are ValueErrors
+        return None
 
 
 def read_reply(message: bytes, expected: type[Success]) -> Success:
@@ -39,17 +53,8 @@ def read_reply(message: bytes, expected: type[Success]) -> Success:
 
 def error_of(detail: ErrorDetail) -> RequestError:
     """The error that a reply speaks of. A code from a newer service keeps its being retryable or not."""
-    known = _CLASSES.get(detail.code)
+    known = CODES.get(detail.code)
     if known is not None:
         return known(detail.message)
     unknown = InternalError if detail.retryable else InvalidRequest
     return unknown(f"{detail.code}: {detail.message}")
-
-
-def _subclasses(root: type[RequestError]) -> Iterable[type[RequestError]]:
-    for one in root.__subclasses__():
-        yield one
-        yield from _subclasses(one)
-
-
-_CLASSES = {one.code: one for one in _subclasses(RequestError) if "code" in vars(one)}

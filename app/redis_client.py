@@ -5,6 +5,7 @@ answer is `Unreachable`, and what it did is not known.
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cache
 from hashlib import sha1
@@ -16,11 +17,11 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app.backoff import Backoff
-from app.errors import Unreachable
+from app.errors import ConfigurationError, Unreachable
 
 LOST = (RedisConnectionError, RedisTimeoutError, OSError)
 
@@ -32,18 +33,33 @@ _READ_AGAIN_LONGEST_S = 1.0
 
 
 def connect(url: str) -> Redis:
-    """A client for commands that do not block. Connects lazily; a cut connection is tried once more."""
-    pool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=_CONNECTIONS,
-        protocol=2,
-        timeout=_ANSWER_S,
-        socket_connect_timeout=_CONNECT_S,
-        socket_timeout=_ANSWER_S,
-        retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
-    )
-    pool.connection_class = type("Connection", (_Packing, pool.connection_class), {})
+    """A client for commands that do not block. Connects lazily; a cut connection is tried once more.
+
+    Every parameter of the URL is an option of redis-py's connections: `rediss://...?ssl_ca_certs=FILE`.
+
+    Raises:
+        ConfigurationError: there is no such option.
+    """
+    try:
+        pool = BlockingConnectionPool.from_url(
+            url,
+            max_connections=_CONNECTIONS,
+            protocol=2,
+            timeout=_ANSWER_S,
+            socket_connect_timeout=_CONNECT_S,
+            socket_timeout=_ANSWER_S,
+            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+        )
+        pool.connection_class = type("Connection", (_Packing, pool.connection_class), {})
+        pool.make_connection()  # type: ignore[no-untyped-call]
+    except (TypeError, ValueError, RedisError) as error:
+        raise ConfigurationError(f"REDIS_URL: {_complaint(error)}") from None
     return Redis.from_pool(pool)
+
+
+def _complaint(error: Exception) -> str:
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return f"{unknown[1]}: there is no such parameter" if unknown else str(error)
 
 
 class _Packing:

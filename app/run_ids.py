@@ -9,10 +9,12 @@ may repeat such an id but not invent one.
 import re
 from hashlib import blake2b
 
+from schemas.requests import RUN_ID
+
 PREFIX = "run_"
 
 _DERIVED = re.compile(r"m[0-9a-f]{31}")
-_CHOSEN = re.compile(r"run_([A-Za-z0-9][A-Za-z0-9_-]{0,127})")
+_CHOSEN = re.compile(RUN_ID)
 _LARGEST_SEQUENCE = 0xFFFFF
 
 

@@ -6,15 +6,17 @@ A bad value raises `ConfigurationError` with one line per variable, each by its 
 import re
 from functools import cached_property
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from app.errors import ConfigurationError
+from app.masking import without_secrets
 
 PREFIX = "MOLLIFIER_"
 
+_HOST = re.compile(r"(?:\[[^\[\]]+\]|[^:\[\]]*)(?::\d{1,5})?")
 _SCHEMES = {
     "redis_url": ("redis", "rediss"),
     "database_url": ("postgresql", "postgres"),
@@ -34,12 +36,16 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="ignore", case_sensitive=False)
 
     redis_url: str = Field(
-        default="redis://127.0.0.1:6379/0", validation_alias="REDIS_URL", description="Redis or Valkey."
+        default="redis://127.0.0.1:6379/0",
+        validation_alias="REDIS_URL",
+        description="Redis or Valkey.",
+        repr=False,
     )
     database_url: str = Field(
         default="postgresql://postgres@127.0.0.1:5432/postgres",
         validation_alias="DATABASE_URL",
         description="Postgres.",
+        repr=False,
     )
     host: str = Field(
         default="127.0.0.1",
@@ -161,11 +167,13 @@ class Settings(BaseSettings):
         description="`otlp` has spans exported, `none` has not; empty: if there is an endpoint for them.",
     )
     otel_exporter_otlp_endpoint: str = Field(
+        repr=False,
         default="",
         validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT",
         description="Where an OpenTelemetry collector takes OTLP over HTTP.",
     )
     otel_exporter_otlp_traces_endpoint: str = Field(
+        repr=False,
         default="",
         validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
         description="The same for spans alone, with the path.",
@@ -184,8 +192,10 @@ class Settings(BaseSettings):
     @classmethod
     def _is_url(cls, value: str, info: ValidationInfo) -> str:
         schemes = _SCHEMES[str(info.field_name)]
-        if value and urlsplit(value).scheme not in schemes:
+        if value and not value.lower().startswith(tuple(f"{one}://" for one in schemes)):
             raise ValueError(f"is not a URL that begins with {' or '.join(f'{one}://' for one in schemes)}")
+        if not _is_readable(value):
+            raise ValueError("cannot be read; write / ? # @ % in a password as %2F %3F %23 %40 %25")
         return value
 
     @field_validator("log_level", "log_format", "gate_window", "otel_traces_exporter", mode="before")
@@ -227,7 +237,7 @@ class Settings(BaseSettings):
         """Every variable with its effective value, for people to read; passwords are left out."""
         shown = {self.variable(name): str(getattr(self, name)) for name in type(self).model_fields}
         return {
-            name: _without_password(value) if name.endswith(_HAVE_PASSWORDS) else value
+            name: without_secrets(value) if name.endswith(_HAVE_PASSWORDS) else value
             for name, value in shown.items()
         }
 
@@ -240,9 +250,12 @@ def _complaint(settings: type[Settings], error: Any) -> str:
     return f"{name}: {message}{value}"
 
 
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+def _is_readable(url: str) -> bool:
+    """Whether drivers find the host where it is; else they repeat in their errors what they take for it."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    beyond = parts.path + parts.query.partition("=")[0] + parts.fragment
+    return "@" not in beyond and all(map(_HOST.fullmatch, hosts))

@@ -17,17 +17,16 @@ from app import run_ids
 from app.batch import Batch, Entry
 from app.durations import parse_delay, parse_duration, parse_ttl
 from app.errors import InvalidRequest, MetadataTooLarge, PayloadTooLarge, RequestError, TooManyTags
+from app.nesting import MOST_LEVELS_OF_METADATA, is_deeper
 from app.settings import Settings
-from schemas.requests import Options, TraceContext, TriggerRequest
+from schemas.requests import TRACEPARENT, Options, TraceContext, TriggerRequest
 from schemas.snapshot import SCHEMA_VERSION, Snapshot
 
 KEY_TTL_S = 30 * 86_400
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _LATEST_MS = 253_402_300_799_000 - 20 * 366 * 86_400_000
-_TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
-)
+_TRACEPARENT = re.compile(TRACEPARENT)
 _FINEST = 16_383
 """Digits behind the point that a number may have in jsonb."""
 
@@ -151,6 +150,8 @@ def check_metadata(field: str, metadata: bytes, most_bytes: int) -> bytes:
         raise MetadataTooLarge(f"{field}: {len(metadata)} bytes are more than {most_bytes}")
     if not metadata.startswith(b"{"):
         raise InvalidRequest(f"{field}: must be an object")
+    if is_deeper(metadata, MOST_LEVELS_OF_METADATA):
+        raise InvalidRequest(f"{field}: nested more than {MOST_LEVELS_OF_METADATA} levels deep")
     if _NUL_ESCAPE.search(metadata):
         raise InvalidRequest(f"{field}: contains a NUL character")
     try:
@@ -160,7 +161,7 @@ def check_metadata(field: str, metadata: bytes, most_bytes: int) -> bytes:
     if _PERHAPS_TOO_FINE.search(metadata):
         try:
             _read_numbers(metadata)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise InvalidRequest(f"{field}: a number has more than {_FINEST} decimals") from None
     return metadata
 

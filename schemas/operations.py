@@ -7,9 +7,17 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from schemas.requests import Duration, EnvironmentType, FeatureFlags, Identifier, Instant, Name
+from schemas.requests import (
+    Delay,
+    EnvironmentType,
+    FeatureFlags,
+    Identifier,
+    Instant,
+    Metadata,
+    Name,
+    RunId,
+)
 
-RunId = Annotated[str, Meta(max_length=256)]
 Path = Annotated[str, Meta(min_length=1, max_length=512)]
 Reason = Annotated[str, Meta(min_length=1, max_length=1024)]
 Limit = Annotated[int, Meta(ge=1, le=100)]
@@ -47,7 +55,7 @@ class Cancel(Operation, frozen=True, kw_only=True, forbid_unknown_fields=True, t
 
 class Reschedule(Operation, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="run.reschedule"):
     run_id: RunId
-    delay: Duration
+    delay: Delay
 
 
 class AddTags(Operation, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="run.add_tags"):
@@ -105,7 +113,7 @@ class UpdateMetadata(
     """`operations`, even if empty, win over `metadata`, which replaces the whole object."""
 
     run_id: RunId
-    metadata: Raw | UnsetType = UNSET
+    metadata: Metadata | UnsetType = UNSET
     operations: MetadataOperations | None = None
     parent_operations: MetadataOperations = []
     root_operations: MetadataOperations = []

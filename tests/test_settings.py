@@ -41,13 +41,67 @@ def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, variabl
     assert sorted(line.partition(":")[0] for line in lines) == sorted([variable, "MOLLIFIER_HOLD_MS"])
 
 
-def test_passwords_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REDIS_URL", "rediss://user:s3cret@redis.internal:6380/0")
-    monkeypatch.setenv("DATABASE_URL", "postgresql://app:s3cret@db.internal/app")
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://user:s3cret@collector.internal")
-    shown = Settings.load().masked()
-    assert shown["REDIS_URL"] == "rediss://user:***@redis.internal:6380/0"
-    assert "s3cret" not in str(shown)
+@pytest.mark.parametrize(
+    ("variable", "url", "shown"),
+    [
+        (
+            "REDIS_URL",
+            "rediss://user:s3cret@redis.internal:6380/0",
+            "rediss://user:***@redis.internal:6380/0",
+        ),
+        ("REDIS_URL", "redis://:s3cret@redis", "redis://:***@redis"),
+        ("REDIS_URL", "redis://s3cret@redis", "redis://***@redis"),
+        ("REDIS_URL", "redis://u:%733cret%40s3cret@redis/1", "redis://u:***@redis/1"),
+        ("REDIS_URL", "redis://u:s3cret@s3cret:s3cret@redis/1", "redis://u:***@redis/1"),
+        ("REDIS_URL", "redis://redis/1?password=s3cret&db=2", "redis://redis/1?password=***&db=2"),
+        ("REDIS_URL", "rediss://redis?ssl_password=s3cret", "rediss://redis?ssl_password=***"),
+        ("DATABASE_URL", "postgresql://app:s3cret@db.internal/app", "postgresql://app:***@db.internal/app"),
+        ("DATABASE_URL", "postgresql://app@db/app", "postgresql://app@db/app"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://u:s3cret@collector", "https://u:***@collector"),
+        (
+            "DATABASE_URL",
+            "postgresql://a:s3cret@h1:5432,[::1]:5433/app",
+            "postgresql://a:***@h1:5432,[::1]:5433/app",
+        ),
+        (
+            "DATABASE_URL",
+            "postgres:///app?host=db&user=a&PASSWORD=s3cret&sslpassword=s3cret",
+            "postgres:///app?host=db&user=a&PASSWORD=***&sslpassword=***",
+        ),
+    ],
+)
+def test_passwords_are_masked(monkeypatch: pytest.MonkeyPatch, variable: str, url: str, shown: str) -> None:
+    monkeypatch.setenv(variable, url)
+    settings = Settings.load()
+    assert settings.masked()[variable] == shown
+    assert "s3cret" not in repr(settings) + str(settings)
+
+
+@pytest.mark.parametrize("variable", ["REDIS_URL", "DATABASE_URL"])
+@pytest.mark.parametrize(
+    "credentials",
+    [
+        "u:s3cret/s3cret@h",
+        "u:s3cret#x@h",
+        "u:s3cret?x@h",
+        "u:1234?s3cret@h",
+        "u:1234#s3cret@h",
+        "u:1234/s3cret@h",
+        "u:[s3cret@h",
+        "u:s3cret℀@h",
+        ":s3cret",
+        "u:p@h:s3cret",
+    ],
+)
+def test_a_password_that_makes_its_url_unreadable_is_not_repeated(
+    monkeypatch: pytest.MonkeyPatch, variable: str, credentials: str
+) -> None:
+    scheme = "redis" if variable == "REDIS_URL" else "postgresql"
+    monkeypatch.setenv(variable, f"{scheme}://{credentials}/0")
+    with pytest.raises(ConfigurationError, match=rf"^{variable}: ") as caught:
+        Settings.load()
+    assert "s3cret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -181,11 +181,14 @@ def run(make: Callable[[World], Process]) -> None:
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: sys.exit(0))
     try:
-        settings = Settings.load()
-        configure_logging(settings)
-        telemetry = open_telemetry(settings, make.__name__.lower())
+        _run(Settings.load(), make)
     except ConfigurationError as error:
         sys.exit(f"mollifier: the configuration is wrong.\n{error}")
+
+
+def _run(settings: Settings, make: Callable[[World], Process]) -> None:
+    configure_logging(settings)
+    telemetry = open_telemetry(settings, make.__name__.lower())
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
