@@ -45,9 +45,8 @@ _LONGEST_BODY = _SETTINGS.max_payload_bytes + _SETTINGS.max_metadata_bytes + OTH
 
 _ENVELOPES = f"""\
 An entry is in one of two envelopes. **Plain**: the fields `body` (the payload), `reply_to` and
-`correlation_id` (the headers). **FastStream**: the one field `__data__`: the bytes 89 42 49 4E 0D 0A 1A 0A
-and then, big-endian, a 2-byte version (1) and the 4-byte offsets, from the start, of the headers and of the
-body.
+`correlation_id` (the headers). **FastStream**: the one field `__data__`: the bytes 89 42 49 4E 0D 0A 1A 0A,
+then, big-endian, a 2-byte version (1) and the 4-byte offsets, from the start, of the headers and of the body.
 At the headers a 2-byte count, and as many names and values, each a 2-byte length and UTF-8. The body reaches
 to the end.
 

@@ -4,12 +4,10 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
-from schemas.requests import DURATION
+from schemas.requests import DURATION, LONGEST_S
 
 _UNITS = {"w": 604_800, "d": 86_400, "h": 3_600, "m": 60, "s": 1}
 _DURATION = re.compile(DURATION, re.ASCII)
-
-LONGEST_S = 10 * 366 * 86_400
 
 Seconds = TypeVar("Seconds", int, float)
 

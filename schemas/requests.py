@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
+LONGEST_S = 10 * 366 * 86_400
+"""What ten years are, at most."""
+
 RUN_ID = r"run_([A-Za-z0-9][A-Za-z0-9_-]{0,127})"
 DURATION = r"(?:(\d{1,9})w)?(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?"
 TRACEPARENT = r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(?:-.*)?"
@@ -32,10 +35,11 @@ Delay = Annotated[
     str,
     Meta(
         min_length=1,
-        max_length=64,
+        max_length=50,
         description="A duration such as 10m, or an ISO 8601 instant with its offset; ten years at most.",
     ),
 ]
+Seconds = Annotated[int, Meta(ge=1, le=LONGEST_S)]
 Metadata = Annotated[Raw, Meta(extra_json_schema={"type": "object"})]
 PositiveInt = Annotated[int, Meta(ge=1, le=2_147_483_647)]
 NonNegativeInt = Annotated[int, Meta(ge=0, le=2_147_483_647)]
@@ -92,7 +96,7 @@ class Options(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     idempotency_key_ttl: Duration | None = None
     idempotency_key_options: IdempotencyKeyOptions | None = None
     delay: Delay | None = None
-    ttl: Duration | NonNegativeInt | None = None
+    ttl: Duration | Seconds | None = None
     queue: Name | None = None
     concurrency_key: Label | None = None
     worker_queue: Name | None = None

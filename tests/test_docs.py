@@ -15,6 +15,7 @@ from app import errors, metrics
 from app.errors import RequestError
 from app.rows import COLUMNS, FROM_SNAPSHOT, JSON_FROM_SNAPSHOT, Materialised
 from app.settings import Settings
+from schemas.operations import OperationRequest
 from schemas.replies import MOLLIFIED
 from schemas.requests import TriggerRequest
 from schemas.snapshot import Snapshot
@@ -129,27 +130,36 @@ def test_the_error_tree_is_drawn_as_it_is() -> None:
     }
 
 
-def test_every_limit_of_a_request_is_documented() -> None:
-    limits: dict[str, list[str]] = {}
-    for field, limit in _limits(inspection.type_info(TriggerRequest), ""):
-        limits.setdefault(field, []).append(limit)
-    documented = {field: limit for field, (limit,) in table("wire.md", "field", "limit").items()}
+@pytest.mark.parametrize(
+    ("request_type", "header"),
+    [(TriggerRequest, "field"), (OperationRequest, "field of an operation")],
+    ids=["triggers", "operations"],
+)
+def test_every_limit_of_a_request_is_documented(request_type: Any, header: str) -> None:
+    limits: dict[str, dict[str, None]] = {}
+    for field, limit in _limits(inspection.type_info(request_type), ""):
+        limits.setdefault(field, {})[limit] = None
+    documented = {field: limit for field, (limit,) in table("wire.md", header, "limit").items()}
     assert documented == {field: " or ".join(of_field) for field, of_field in limits.items()}
 
 
 def _limits(kind: inspection.Type, path: str) -> Iterator[tuple[str, str]]:
-    if isinstance(kind, inspection.StructType):
+    if isinstance(kind, inspection.Metadata):
+        yield from _limits(kind.type, path)
+    elif isinstance(kind, inspection.StructType):
         for field in kind.fields:
             yield from _limits(field.type, f"{path}.{field.encode_name}" if path else field.encode_name)
     elif isinstance(kind, inspection.UnionType):
         for one in kind.types:
             yield from _limits(one, path)
     elif isinstance(kind, inspection.ListType):
+        if kind.max_length is not None:
+            yield path, f"{kind.min_length or 0:,} to {kind.max_length:,} elements"
         yield from _limits(kind.item_type, f"{path}[]")
     elif isinstance(kind, inspection.StrType):
         assert kind.max_length is not None, f"{path} may be of any length"
         yield path, f"{kind.min_length or 0:,} to {kind.max_length:,} characters"
-    elif isinstance(kind, inspection.IntType):
+    elif isinstance(kind, inspection.IntType) and kind.ge is not None:
         yield path, f"{kind.ge:,} to {kind.le:,}"
 
 
