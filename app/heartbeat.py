@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from app.errors import Unreachable
+from app.fleet import enlist, strike_off
 from app.keys import Keys
 from app.redis_client import Call, Scripts
 from app.telemetry import Telemetry
@@ -34,7 +35,8 @@ class Heartbeat:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._scripts = scripts
-        self._key = keys.heartbeat(consumer)
+        self._keys = keys
+        self._consumer = consumer
         self._ttl_ms = ttl_ms
         self._telemetry = telemetry
         self._clock = clock
@@ -67,7 +69,8 @@ class Heartbeat:
         """
         self.life()
         sent = self._clock()
-        await self._scripts.demand([Call("beat", [self._key], [self._ttl_ms])])
+        beat = Call("beat", [self._keys.heartbeat(self._consumer)], [self._ttl_ms])
+        await self._scripts.demand([beat, enlist(self._keys, self._telemetry.process, self._consumer)])
         self._renewed = sent
 
     async def run(self) -> None:
@@ -88,6 +91,11 @@ class Heartbeat:
     async def remove(self) -> None:
         """Remove the key once `run` has ended: what is still held may be taken over at once."""
         try:
-            await self._scripts.run([Call("DEL", None, [self._key])])
+            await self._scripts.run(
+                [
+                    Call("DEL", None, [self._keys.heartbeat(self._consumer)]),
+                    strike_off(self._keys, self._telemetry.process, self._consumer),
+                ]
+            )
         except Unreachable as error:
             self._telemetry.trouble("heartbeat.failed", error=str(error))

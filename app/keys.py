@@ -8,6 +8,7 @@ keys which one script touches in one slot of a Redis Cluster.
     ns:operations           stream   producers                  reads and changes
     ns:dead-letters         stream   workers, drainers          what could not be handled, and why
     ns:heartbeat:<consumer> string   every process that holds   "1" for HEARTBEAT_TTL_MS
+    ns:processes            sorted   every process that holds   `<kind> <consumer>` -> when it was last alive
     ns:sweeper              string   sweeper (lease)            the consumer whose sweeper works
     ns:wake                 channel  buffer (accept)            an environment has become ready
     ns:reply:...            channel  workers                    one reply per request
@@ -37,6 +38,7 @@ keys which one script touches in one slot of a Redis Cluster.
       :held:<consumer>      hash     turns (schedule)           environment -> entries that it was handed
       :takers               set      turns (schedule)           drainers that hold something
       :bucket               hash     turns (schedule)           tokens of DRAIN_MAX_RATE
+      :drained              string   turns (schedule)           entries that became rows; till all are
 
 In `chosen` the partition is that of the run id.
 """
@@ -90,6 +92,7 @@ class Keys:
         self.group = namespace
         self.wake = f"{namespace}:wake"
         self.sweeper = f"{namespace}:sweeper"
+        self.processes = f"{namespace}:processes"
         self.fleet_gate = f"{namespace}:gate"
         self.turns = f"{namespace}:{{turns}}"
         self.claims = f"{namespace}:{{*}}:claim:*"

@@ -42,6 +42,14 @@ async def missing_migrations(connection: "asyncpg.Connection[asyncpg.Record]") -
     return [name for name in migrations() if name not in applied]
 
 
+async def unknown_migrations(connection: "asyncpg.Connection[asyncpg.Record]") -> list[str]:
+    """The files that were applied to a database and that this program, being older, does not have."""
+    if await connection.fetchval("SELECT to_regclass('mollifier.migrations')") is None:
+        return []
+    applied = await connection.fetch("SELECT name FROM mollifier.migrations ORDER BY name")
+    return [row["name"] for row in applied if row["name"] not in migrations()]
+
+
 def migrations() -> list[str]:
     """The names of all files, in order."""
     folder = files("app").joinpath("sql", "migrations")

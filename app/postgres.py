@@ -21,12 +21,12 @@ from app.errors import (
 Connection = Any
 """An asyncpg connection, pooled or not."""
 
-_POOL_SIZE = 8
+POOL_SIZE = 8
 _UNAVAILABLE_CLASSES = frozenset({"08", "25", "28", "3D", "40", "42", "53", "55", "57", "58", "XX"})
 _REFUSED_CLASSES = frozenset({"22", "23"})
 
 
-async def create_pool(url: str, timeout_s: float, size: int = _POOL_SIZE) -> "asyncpg.Pool[asyncpg.Record]":
+async def create_pool(url: str, timeout_s: float, size: int = POOL_SIZE) -> "asyncpg.Pool[asyncpg.Record]":
     """A pool that connects when it is first used, so a process can start while Postgres is away.
 
     `?statement_cache_size=0` in the URL switches prepared statements off, for pgbouncer in

@@ -25,7 +25,7 @@ from app.errors import ConfigurationError, Unreachable
 
 LOST = (RedisConnectionError, RedisTimeoutError, OSError)
 
-_CONNECTIONS = 32
+CONNECTIONS = 32
 _CONNECT_S = 2.0
 _ANSWER_S = 5.0
 _READ_AGAIN_S = 0.05
@@ -43,7 +43,7 @@ def connect(url: str) -> Redis:
     try:
         pool = BlockingConnectionPool.from_url(
             url,
-            max_connections=_CONNECTIONS,
+            max_connections=CONNECTIONS,
             protocol=2,
             timeout=_ANSWER_S,
             socket_connect_timeout=_CONNECT_S,

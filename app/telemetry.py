@@ -17,12 +17,14 @@ from app.logs import Log, Tally
 from app.metrics import Metrics, Timed
 from app.spans import Ends, Spans
 from app.switches import Switches
+from schemas.diagnosis import Finding
 
 
 class Telemetry:
     """What one process tells the world. Without `spans` nothing is traced."""
 
     def __init__(self, process: str) -> None:
+        self.process = process
         self._metrics = Metrics()
         self._log = Log(process, lambda: self.failed_to_tell("log"))
         self.spans: Spans | None = None
@@ -191,6 +193,11 @@ class Telemetry:
     def unreachable(self, what: str, error: Exception) -> None:
         self._metrics.unreachable.labels(what).inc()
         self.trouble("unreachable", what=what, error=str(error))
+
+    def diagnosed(self, found: Finding) -> None:
+        """Warn of what is configured wrong; each time, for there are several at once."""
+        fields = {"check": found.check, "severity": found.level, "seen": found.seen, "remedy": found.remedy}
+        self._log.say("warning", "doctor.warning", **fields)
 
     def event(self, name: str, **fields: Any) -> None:
         """Log something that happens a few times in the life of a process."""

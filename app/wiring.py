@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import asyncpg
 from redis.asyncio import Redis
 
+from app import doctor
 from app.buffer import RedisBuffer
 from app.buffered_runs import RedisBufferedRuns
 from app.census import RedisCensus
@@ -37,6 +38,7 @@ from app.switches import Switchboard, Switches
 from app.telemetry import Telemetry
 from app.turns import RedisTurns
 from app.wake import Wake
+from schemas.diagnosis import Finding
 
 
 def open_telemetry(settings: Settings, process: str) -> Telemetry:
@@ -100,6 +102,10 @@ class World:
             operators=OperatorNews(settings),
             telemetry=telemetry,
         )
+
+    async def examine(self, server: str) -> list[Finding] | None:
+        """What is essential and wrong with a server of `doctor.ESSENTIAL`; None while it does not answer."""
+        return await doctor.look_at_start(server, self.settings, self.keys, self.redis, self.pool)
 
     async def close(self) -> None:
         """Let everything go. Statements under way have been waited for by then."""

@@ -86,7 +86,7 @@ def read_until(process: subprocess.Popen[str], mark: str) -> str:
 def test_help_names_every_command() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("demo", "dev", "trigger", "migrate", "config"):
+    for command in ("demo", "dev", "trigger", "migrate", "config", "doctor", "status", "top"):
         assert f"\n│ {command} " in done.stdout
 
 

@@ -4,17 +4,21 @@ import ast
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import msgspec.inspect as inspection
 import pytest
 import yaml
+from msgspec import Struct
 
 import app.keys
 from app import errors, metrics
+from app.doctor import CHECKS, ESSENTIAL, REFUSED
 from app.errors import RequestError
 from app.rows import COLUMNS, FROM_SNAPSHOT, JSON_FROM_SNAPSHOT, Materialised
 from app.settings import Settings
+from schemas import diagnosis, status
 from schemas.operations import OperationRequest
 from schemas.replies import MOLLIFIED
 from schemas.requests import TriggerRequest
@@ -31,6 +35,12 @@ MIGRATIONS = "".join(path.read_text() for path in sorted((ROOT / "app/sql/migrat
 
 LEVELS = {"event": "info", "trouble": "warning", "failed": "error"}
 """The methods that log an event whose name is their first argument. Those of a `Log` have the level first."""
+
+
+def _structs(module: ModuleType) -> list[type[Struct]]:
+    return [
+        one for one in vars(module).values() if isinstance(one, type) and one.__module__ == module.__name__
+    ]
 
 
 def name(path: Path) -> str:
@@ -283,6 +293,42 @@ def test_every_alert_has_its_section_in_the_runbook() -> None:
         assert anchor == rule["alert"].lower()
         parts = re.findall(r"^\*\*(.+?)\.\*\*", section("runbook.md", rule["alert"]), re.MULTILINE)
         assert parts == ["What it means", "What to look at", "What to do"]
+
+
+def test_every_check_is_documented_with_its_remedy() -> None:
+    documented = table("operations.md", "check", "what it looks at", "remedy")
+    assert documented == {check.name: (check.asks, check.remedy) for check in CHECKS}
+
+
+def test_what_is_looked_at_when_a_process_starts_is_documented() -> None:
+    text = section("operations.md", "What is wrong").partition("**When a process starts**")[2]
+    essential = [check.name for checks in ESSENTIAL.values() for check in checks]
+    assert re.findall(r"`((?:redis|postgres)\.\w+)`", text) == [*essential, *(one.name for one in REFUSED)]
+
+
+@pytest.mark.parametrize("struct", [*_structs(diagnosis), *_structs(status)], ids=lambda one: one.__name__)
+def test_every_field_of_the_json_of_commands_is_documented(struct: type[Struct]) -> None:
+    """What scripts rely on: a field that is gone, or of another type, fails here by name."""
+    kind = inspection.type_info(struct)
+    assert isinstance(kind, inspection.StructType)
+    rows = ["| field | type | meaning |", "|---|---|---|"]
+    for field in kind.fields:
+        assert isinstance(field.type, inspection.Metadata)
+        meaning = (field.type.extra_json_schema or {})["description"]
+        rows.append(f"| `{field.encode_name}` | {_in_words(field.type.type)} | {meaning} |")
+    page = (DOCS / "operations.md").read_text()
+    assert f"`{struct.__name__}`:\n\n" + "\n".join(rows) + "\n" in page
+
+
+def _in_words(kind: inspection.Type) -> str:
+    if isinstance(kind, inspection.UnionType):
+        return " or ".join(map(_in_words, kind.types))
+    if isinstance(kind, inspection.ListType):
+        return f"array of {_in_words(kind.item_type)}"
+    if isinstance(kind, inspection.StructType):
+        return str(kind.cls.__name__)
+    words = {inspection.IntType: "integer", inspection.FloatType: "number", inspection.NoneType: "null"}
+    return words.get(type(kind), "boolean" if isinstance(kind, inspection.BoolType) else "string")
 
 
 def test_the_procfile_starts_every_worker() -> None:

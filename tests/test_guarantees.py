@@ -254,7 +254,8 @@ class TestG5OffMeansOff:
             assert any("off:triggers" in command for command in commands)
             assert [command for command in commands if "off:{" in command or "off:gate" in command] == []
             names = {name.decode() for name in await off.producer.redis.keys("off:*")}
-            assert {name for name in names if not name.startswith("off:heartbeat:")} == {"off:triggers"}
+            others = {name for name in names if not name.startswith("off:heartbeat:")}
+            assert others == {"off:triggers", "off:processes"}
             off.triggers[0].kill()
 
 

@@ -15,6 +15,7 @@ from faststream.asgi import AsgiFastStream, AsgiResponse, get
 from faststream.redis import RedisBroker
 from prometheus_client import make_asgi_app
 
+from app.doctor import ESSENTIAL, refusal
 from app.errors import ConfigurationError, StoreUnavailable, Unreachable
 from app.logs import configure_logging
 from app.settings import Settings
@@ -26,6 +27,7 @@ Loop = Callable[[], Awaitable[None]]
 _CONNECTIONS_CLOSE_S = 2
 _RESTART_S = 1.0
 _WATCH_EVERY_S = 2.0
+_EXAMINE_EVERY_S = 1.0
 _FIRST_LOOK_S = 2.0
 _LOOK_AT_SWITCHES_EVERY_S = 1.0
 """A change of a switch is known everywhere within two seconds also where nobody hears of it."""
@@ -39,6 +41,8 @@ class Process:
     def __init__(self, world: World) -> None:
         self.world = world
         self.stopping = asyncio.Event()
+        self.refusal: str | None = None
+        """Why the process must not run; set once that is known, to make it end."""
         self._tasks: list[asyncio.Task[None]] = []
 
     def broker(self) -> RedisBroker:
@@ -63,7 +67,7 @@ class Process:
             async with asyncio.timeout(_FIRST_LOOK_S):
                 await self._look_at_switches()
         self._follower = asyncio.create_task(self._keep_going(self._follow_operators))
-        loops = (self._watch_servers, *self.loops())
+        loops = (self._examine, self._watch_servers, *self.loops())
         self._tasks = [asyncio.create_task(self._keep_going(loop)) for loop in loops]
 
     async def _watch_servers(self) -> None:
@@ -100,6 +104,16 @@ class Process:
             self.world.telemetry.switched(board.current)
             if changed:
                 self.world.telemetry.event("switches.changed", **changed)
+
+    async def _examine(self) -> None:
+        """Say what each server is configured wrong in, once it answers."""
+        for server in ESSENTIAL:
+            while (found := await self.world.examine(server)) is None and not self.stopping.is_set():
+                await self.pause(_EXAMINE_EVERY_S)
+            for one in found or ():
+                self.world.telemetry.diagnosed(one)
+                self.refusal = self.refusal or refusal(one)
+        await self.stopping.wait()
 
     async def _keep_going(self, loop: Loop) -> None:
         """Run a loop until the process stops, whatever happens in it."""
@@ -176,7 +190,8 @@ def application(process: Process) -> AsgiFastStream:
 def run(make: Callable[[World], Process]) -> None:
     """Run a process until SIGTERM or SIGINT, then exit with status 0; the command of a Procfile line.
 
-    Exit status 1, with a line that names the variable, when a setting is wrong.
+    Exit status 1, with a line that says why, when a setting is wrong, or a server is such that what the
+    process takes would never be answered.
     """
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: sys.exit(0))
@@ -195,12 +210,14 @@ def _run(settings: Settings, make: Callable[[World], Process]) -> None:
             listener.bind((settings.host, settings.port))
         except OSError as error:
             sys.exit(f"mollifier: HOST={settings.host} PORT={settings.port}: {error.strerror}")
-        uvloop.run(_serve(settings, telemetry, make, listener))
+        if (refused := uvloop.run(_serve(settings, telemetry, make, listener))) is not None:
+            sys.exit(f"mollifier: {refused}")
 
 
 async def _serve(
     settings: Settings, telemetry: Telemetry, make: Callable[[World], Process], listener: socket.socket
-) -> None:
+) -> str | None:
+    """Serve until told to stop; what the process was refused for, if it was."""
     world = await World.open(settings, telemetry)
     process = make(world)
     config = uvicorn.Config(
@@ -213,4 +230,16 @@ async def _serve(
     )
     host, port = listener.getsockname()[:2]
     world.telemetry.event("started", consumer=world.consumer, http=f"http://{host}:{port}")
-    await uvicorn.Server(config).serve(sockets=[listener])
+    await _Server(config, process).serve(sockets=[listener])
+    return process.refusal
+
+
+class _Server(uvicorn.Server):
+    """Ends, in order, also when its process must not run."""
+
+    def __init__(self, config: uvicorn.Config, process: Process) -> None:
+        super().__init__(config)
+        self._process = process
+
+    async def on_tick(self, counter: int) -> bool:
+        return self._process.refusal is not None or await super().on_tick(counter)

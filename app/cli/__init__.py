@@ -9,11 +9,13 @@ from app.cli.config import config
 from app.cli.dead_letters import dead_letters
 from app.cli.demo import demo
 from app.cli.dev import dev
+from app.cli.doctor import doctor
 from app.cli.drain import drain
 from app.cli.gate import gate
 from app.cli.migrate import migrate
 from app.cli.orgs import orgs
 from app.cli.runs import runs
+from app.cli.status import status, top
 from app.cli.switch import switch
 from app.cli.trigger import trigger
 
@@ -24,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, dev, trigger, migrate, config, switch, audit):
+for command in (demo, dev, trigger, migrate, config, doctor, status, top, switch, audit):
     app.command()(command)
 app.add_typer(runs, name="runs")
 app.add_typer(dead_letters, name="dead-letters")

@@ -1,19 +1,16 @@
 """What the commands say when something is wrong: a sentence, and whose fault it may be."""
 
-import errno
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import asyncpg
 from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from app.embedded import EmbeddedServerError
 from app.errors import ConfigurationError, MollifierError
+from app.reason import reason
 from app.settings import Settings
 
-_REFUSED = re.compile(rf"\bErr(no|or) {errno.ECONNREFUSED}\b")  # how the drivers pass it on
 _SERVERS = {"REDIS_URL": "Redis", "DATABASE_URL": "Postgres"}
 
 
@@ -29,16 +26,6 @@ def reaching(variable: str, settings: Settings) -> Iterator[None]:
     except (OSError, ValueError, RedisError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         url = settings.masked()[variable]
         raise Complaint(f"{_SERVERS[variable]} at {url}: {reason(error)}. Is {variable} right?") from error
-
-
-def reason(error: BaseException) -> str:
-    """Why a server could not be reached, in a few words and without the address."""
-    if isinstance(error, ConnectionRefusedError) or _REFUSED.search(str(error)):
-        return "connection refused"
-    if isinstance(error, TimeoutError | RedisTimeoutError):
-        return "no answer"
-    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
 
 
 def sentence(error: Exception) -> str | None:

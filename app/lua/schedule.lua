@@ -21,7 +21,7 @@ local most, batch, rate, reports = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumbe
 local organizations, choosable, idle = turns .. ':organizations', turns .. ':choosable', turns .. ':idle'
 local states, clocks, weights = turns .. ':states', turns .. ':clocks', turns .. ':weights'
 local resting, apart = turns .. ':resting', turns .. ':apart'
-local takers, held = turns .. ':takers', turns .. ':held:' .. taker
+local takers, held, drained = turns .. ':takers', turns .. ':held:' .. taker, turns .. ':drained'
 local MANY, ENVIRONMENTS, LONGEST_REST, BUSY_REST = 2 ^ 40, 64, 30000, 100
 -- While others wait, an environment gets a quantum at a time, times its organization's weight.
 local quantum = math.max(1, math.floor(most / 25))
@@ -124,7 +124,7 @@ local function leave(state)
     end
   end
   if redis.call('EXISTS', organizations) == 0 then
-    redis.call('DEL', idle, clocks)
+    redis.call('DEL', idle, clocks, drained)
     clock = 0
   end
 end
@@ -140,6 +140,9 @@ local function report(environment, taken, entries, generation, outcome)
   if unused > 0 then
     charge(state, -unused)
     tokens = tokens and tokens + unused
+  end
+  if taken and taken > 0 then
+    redis.call('INCRBY', drained, string.format('%.0f', taken))
   end
   if outcome == 'done' and entries == 0 and state.generation <= generation then
     return leave(state)
