@@ -9,7 +9,7 @@ from tests.fuzz.extremes import oversize
 from tests.fuzz.kinds import BODIES
 from tests.fuzz.material import INVALID, Material
 
-CORRELATIONS = ("1", "", "é\u202e", 'with\nlines\0and "quotes" \\', "c" * 2_000, "null", "{}", None)
+CORRELATIONS = ("1", "", "é\u202e", 'with\nlines\0and "quotes" \\', "c" * 1_024, "null", "{}", None)
 
 
 class Forge:
