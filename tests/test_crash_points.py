@@ -96,7 +96,7 @@ SCENES: Mapping[str, tuple[scenes.Play, Mapping[str, object], str]] = {
         """
         next-turn recollect report look-for-arrivals strike-off take take-entries
         write-rows materialise materialise:2 write-failures bury bury-letters settle-entries release
-        put-back flush report:2 forget set-weights
+        put-back put-back-entries flush report:2 forget set-weights
         """,
     ),
     "take over": (
@@ -109,7 +109,8 @@ SCENES: Mapping[str, tuple[scenes.Play, Mapping[str, object], str]] = {
         {"stale_sweep_interval_s": 1, "reclaim_idle_ms": 1},
         """
         hold-lease pass-lease-on look-at-holder pass-lease-on:2 let-lease-go
-        sweep-count count sweep-announce-lost announce-lost sweep-drop-consumers drop-consumers
+        sweep-count count sweep-count-streams count-streams
+        sweep-announce-lost announce-lost sweep-drop-consumers drop-consumers
         sweep-retire find-kept find-tenants find-not-buffered retire
         """,
     ),
