@@ -31,9 +31,10 @@ for scope = 1, #KEYS / 2 do
   local state = redis.call('GET', gate)
   if state then
     local last, c, p, t = string.match(state, '^(%d+) (%d+) (%d+) (%d+)$')
-    last, tripped_until = tonumber(last), tonumber(t)
+    last, tripped_until = tonumber(last), math.min(tonumber(t), now + hold)
     if last >= index then
-      index, count, previous = last, tonumber(c), tonumber(p)
+      -- If the clock was set back since, that is a window of a time to come: what it counted is counted now.
+      count, previous = tonumber(c), tonumber(p)
     elseif last == index - 1 then
       previous = tonumber(c)
     end
@@ -42,7 +43,7 @@ for scope = 1, #KEYS / 2 do
   -- What the previous window still weighs: the part of it that a window ending now overlaps.
   local carried = 0
   if sliding then
-    carried = previous * math.max(0, window - (now - index * window)) / window
+    carried = previous * (window - (now - index * window)) / window
   end
 
   local tripped = tripped_until > now
