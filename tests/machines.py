@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import pytest
 import uvloop
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
@@ -49,6 +49,7 @@ async def search(machine: type[Machine], site: Site, *, examples: int, steps: in
         derandomize=_SEED is None,
         database=None,
         report_multiple_bugs=False,
+        **({"phases": [Phase.generate]} if "NOSHRINK" in os.environ else {}),
         suppress_health_check=list(HealthCheck),
     )
 
@@ -145,11 +146,13 @@ class Job:
         self.halted: asyncio.Event | None = None
         self.task: asyncio.Task[Any] | None = None
         self._active = 0
+        self._moved = asyncio.Event()
 
     def start(self, loop: asyncio.AbstractEventLoop, work: Any) -> None:
         context = copy_context()
         context.run(JOB.set, self)
         self.task = loop.create_task(work, context=context)
+        self.task.add_done_callback(lambda _: self._moved.set())
 
     async def meet(self, points: set[str], call: Callable[[], Awaitable[Any]], lost: type[Exception]) -> Any:
         """Make a call, unless the fault wants it otherwise."""
@@ -165,6 +168,7 @@ class Job:
                 result = await call()
         finally:
             self._active -= 1
+            self._moved.set()
         if fault is not None and fault.done:
             await self._strike(fault, lost)
         return result
@@ -174,6 +178,7 @@ class Job:
             raise lost("says the model")
         if fault.kind == "halt":
             self.halted = asyncio.Event()
+            self._moved.set()
             await self.halted.wait()
             self.halted = None
 
@@ -188,8 +193,13 @@ class Job:
         assert self.task is not None
         idle = 0
         while not self.task.done() and idle < 20:
-            idle = idle + 1 if self.halted is not None and not self._active else 0
-            await asyncio.sleep(0)
+            if self.halted is not None and not self._active:
+                idle += 1
+                await asyncio.sleep(0)
+            else:
+                idle = 0
+                self._moved.clear()
+                await self._moved.wait()
 
     async def die(self) -> None:
         assert self.task is not None

@@ -268,7 +268,7 @@ STORIES = [a_clock_that_was_set_back_holds_nobody, a_clock_that_was_set_back_mak
 
 @patient
 async def test_requests_are_decided_one_by_one_whoever_asks(redis_url: str) -> None:
-    await search(Model, partial(site, redis_url), examples=300, steps=30)
+    await search(Model, partial(site, redis_url), examples=200, steps=30)
 
 
 @pytest.mark.parametrize("story", STORIES)
