@@ -276,11 +276,13 @@ class Work(Job):
 
 @dataclass(eq=False)
 class Batch:
-    """What a drainer has in its hands. It is `sound` until the drainer may be taken for dead."""
+    """What a drainer has in its hands: `sound` until the drainer may be taken for dead, `over` once it has
+    said how its statement ended."""
 
     taken: Sequence[Taken]
     is_sound: bool = True
     is_handled: bool = False
+    is_over: bool = False
 
 
 @dataclass
@@ -503,7 +505,7 @@ class Model(Machine):
         if taken:
             batch = Batch(taken, is_sound=job.is_sound)
             one.batches.append(batch)
-            self._check_batch(batch)
+            self._check_batch(batch, one.consumer)
 
     async def _handle(self, job: Work, one: Drainer) -> None:
         assert job.batch is not None
@@ -515,12 +517,12 @@ class Model(Machine):
     async def _change(self, job: Work, changed: Snapshot) -> None:
         tag = f"tag {self.count}"
         self.count += 1
-        tenancy = Tenancy(changed.organization_id, changed.environment_id)
+        tenancy, before = Tenancy(changed.organization_id, changed.environment_id), {*self.tags[changed.id]}
         try:
             found = await self.reader.change(tenancy, changed.id, once(add_tags((tag,), 1000), tag), self.now)
         except RunBusy:
             return
-        assert {tag} | self.tags[changed.id] <= {*found.row.run.tags}
+        assert {tag} | before <= {*found.row.run.tags}
         self.tags[changed.id].add(tag)
 
     async def _forget(self, job: Work, one: Drainer) -> None:
@@ -801,9 +803,9 @@ class Model(Machine):
                     assert now.mark("taken") == was.mark("taken")
                 else:
                     count = len(was.queued) - len(now.past("taken"))
-                    assert count <= int(before.schedule.held[taker][environment].split()[0])
+                    assert count <= int(before.schedule.held[taker].get(environment, str(BATCH)).split()[0])
 
-    def _check_batch(self, batch: Batch) -> None:
+    def _check_batch(self, batch: Batch, taker: str) -> None:
         """Of what is in the hands of those who may not be taken for dead, nothing is there twice."""
         for one in batch.taken:
             now = self.look.environments[one.environment_id]
@@ -811,10 +813,16 @@ class Model(Machine):
             if batch.is_sound:
                 got = [(entry_id, decode_snapshot(snapshot).id) for entry_id, snapshot in one.entries]
                 assert got == queued[: len(got)], "G9: the oldest, in order"
+                assert (now.hold, now.mark("taken")) == ((taker, one.hold), position(got[-1][0]))
                 assert {entry: now.overlays.get(run_id) for entry, run_id in got} == {
                     entry: one.overlays.get(entry) for entry, _ in got
                 }
-        sound = [other for one in self.drainers.values() for other in one.batches if other.is_sound]
+        sound = [
+            other
+            for one in self.drainers.values()
+            for other in one.batches
+            if other.is_sound and not other.is_over
+        ]
         held = Counter(one.environment_id for other in sound for one in other.taken)
         assert max(held.values(), default=1) == 1, "G3: two hold it"
 
@@ -837,7 +845,7 @@ class Model(Machine):
             for entry_id, one in was.queued:
                 if position(entry_id) <= now.mark("done") and one.idempotency_key:
                     assert self.endings.values.get(KEYS.claim(one)) != one.id, "Postgres has the key"
-        batch.is_sound = False
+        batch.is_over = True
 
     def _check_forget(self, before: Look) -> None:
         """What was settled and is due, and all of what was settled before it."""
@@ -857,12 +865,14 @@ class Model(Machine):
             assert not now.entries or _marks(now) == _marks(was)
 
     def _check_change(self, before: Look) -> None:
-        """One at a time, in turn, and not of an entry that is being drained or a row already (G11)."""
+        """One after the other, and not of an entry that is a row already or that anybody may write (G11)."""
+        batches = [one for drainer in self.drainers.values() for one in drainer.batches if not one.is_over]
+        in_hand = {_decoded(run).id for one in batches for taken in one.taken for _, run in taken.entries}
         for environment, was in before.environments.items():
             overlays = self.look.environments[environment].overlays
             for run_id in [run_id for run_id in overlays if overlays[run_id] != was.overlays.get(run_id)]:
                 assert was.state_of(run_id) == "QUEUED"
-                assert run_id not in self.rows.rows, "it is a row"
+                assert run_id not in {*self.rows.rows, *in_hand}, "it is a row, or may be one at any time"
                 revision = decode_overlay(was.overlays[run_id]).revision if run_id in was.overlays else 0
                 assert decode_overlay(overlays[run_id]).revision == revision + 1
 
@@ -936,7 +946,62 @@ async def site(redis_url: str) -> AsyncIterator[dict[str, Any]]:
         await client.aclose()
 
 
-STORIES: list[Callable[[Model], None]] = []
+ONE = [Ask("env_1")]
+BEFORE_WRITING = Fault("materialise", "halt", False)
+GONE = Fault("materialise", "lost", False)
+
+
+def a_statement_of_the_dead_ends_late(model: Model) -> None:
+    """Another drainer cannot write what it takes over, and puts it back; then the run is changed."""
+    model.accept(0, ONE, None)
+    model.take(2, "looks", None)
+    model.handle(2, 0, BEFORE_WRITING)
+    model.silence(2)
+    model.take(3, "looks", None)
+    model.handle(3, 0, GONE)
+    model.change(0, None)
+    model.go_on(0, None)
+    model.change(0, None)
+
+
+def a_drainer_that_looked_dead_has_two_statements_under_way(model: Model) -> None:
+    """What it held was given back by another, and handed to it again."""
+    model.accept(0, ONE, None)
+    model.take(2, "looks", None)
+    model.handle(2, 0, BEFORE_WRITING)
+    model.silence(2)
+    model.take(3, "looks", Fault("EXISTS", "halt", False))
+    model.go_on(1, Fault("schedule", "lost", True))
+    model.beat(2)
+    model.take(2, "looks", None)
+    model.handle(2, 0, GONE)
+    model.change(0, None)
+    model.go_on(0, None)
+    model.change(0, None)
+
+
+KEYED = [Ask("env_1", "a")]
+BEFORE_ACCEPTING = Fault("accept", "halt", False)
+
+
+def a_claim_runs_out_before_its_run_is_accepted(model: Model) -> None:
+    """The key is free again, or another's: claimed, or with a winner."""
+    model.accept(0, KEYED, BEFORE_ACCEPTING)
+    model.advance(10)
+    model.go_on(0, None)
+    model.accept(0, KEYED, BEFORE_ACCEPTING)
+    model.advance(10)
+    model.accept(1, KEYED, BEFORE_ACCEPTING)
+    model.go_on(0, None)
+    model.accept(0, KEYED, BEFORE_ACCEPTING)
+    model.go_on(0, None)
+
+
+STORIES = [
+    a_claim_runs_out_before_its_run_is_accepted,
+    a_statement_of_the_dead_ends_late,
+    a_drainer_that_looked_dead_has_two_statements_under_way,
+]
 
 
 @patient
