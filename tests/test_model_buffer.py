@@ -363,6 +363,11 @@ class Model(Machine):
         job.is_sound = one.consumer in self.alive
         self._start("take", job, self._take(job, one))
 
+    @rule(drainer=DRAINER, notices=NOTICES, pick=PICK, fault=HANDLING)
+    def turn(self, drainer: int, notices: str, pick: int, fault: Fault | None) -> None:
+        self.take(drainer, notices, None)
+        self.handle(drainer, pick, fault)
+
     @precondition(lambda self: any(one.batches for one in self.drainers.values()))
     @rule(drainer=DRAINER, pick=PICK, fault=HANDLING)
     def handle(self, drainer: int, pick: int, fault: Fault | None) -> None:
@@ -390,7 +395,13 @@ class Model(Machine):
         job.go_on(fault)
         self._proceed(job)
 
-    @rule(process=st.sampled_from([*FRONTS, *DRAINERS]))
+    @rule(process=st.sampled_from([*FRONTS, *DRAINERS]), kind=st.sampled_from(["crash", "silence", "beat"]))
+    def suffer(self, process: int, kind: str) -> None:
+        if kind == "crash":
+            self.crash(process)
+        elif process in DRAINERS:
+            self.silence(process) if kind == "silence" else self.beat(process)
+
     def crash(self, process: int) -> None:
         """Its memory is gone, and its heartbeat: what it held is left to the others."""
         for job in [job for job in self.jobs if job.process == process]:
@@ -400,7 +411,6 @@ class Model(Machine):
             self.silence(process)
             self.drainers[process] = self._drainer(process)
 
-    @rule(drainer=DRAINER)
     def silence(self, drainer: int) -> None:
         """It stalls so long that it looks dead."""
         consumer = self.drainers[drainer].consumer
@@ -411,11 +421,10 @@ class Model(Machine):
         for job in self.jobs:
             job.is_sound = job.is_sound and job.process != drainer
 
-    @rule(drainer=DRAINER)
     def beat(self, drainer: int) -> None:
         self._beat(self.drainers[drainer].consumer)
 
-    @rule(seconds=st.sampled_from([1, 5, 10, GRACE_S]))
+    @rule(seconds=st.sampled_from([5, 10, 20, GRACE_S]))
     def advance(self, seconds: int) -> None:
         """Claims end, grace is over, and what failed has rested."""
         self.now += timedelta(seconds=seconds)
@@ -471,6 +480,9 @@ class Model(Machine):
                 if not any(one.queued for one in self.look.environments.values()):
                     break
         assert idle == len(DRAINERS), "all is drained"
+        for drainer in (*DRAINERS, *DRAINERS):  # what the dead had is found empty, and reported the next time
+            self.take(drainer, "looks", None)
+            assert not self.drainers[drainer].batches
         assert {*self.rows.rows} == {run_id for some in self.accepted.values() for run_id in some}
         for run_id, tags in self.tags.items():
             assert tags <= {*self.rows.rows[run_id].run.tags}, "changes stick"
@@ -673,7 +685,7 @@ class Model(Machine):
         name = calls[0].name if calls else ""
         if name not in SCRIPTS:
             return await make(calls)
-        before, job = self.look, JOB.get()
+        before, claims, job = self.look, dict(self.endings.values), JOB.get()
         assert isinstance(job, Work)
         plan = self._plan(job) if name == "accept" else {}
         answers = await make(calls)
@@ -696,7 +708,7 @@ class Model(Machine):
         elif name == "take":
             self._check_take(before, self._consumer(job))
         elif name == "settle":
-            self._check_settle(before, job)
+            self._check_settle(before, claims, job)
         elif name == "forget":
             self._check_forget(before)
         elif name == "change":
@@ -826,7 +838,7 @@ class Model(Machine):
         held = Counter(one.environment_id for other in sound for one in other.taken)
         assert max(held.values(), default=1) == 1, "G3: two hold it"
 
-    def _check_settle(self, before: Look, job: Work) -> None:
+    def _check_settle(self, before: Look, claims: dict[str, str], job: Work) -> None:
         """Only the holder's word counts, and only for what is a row by now."""
         taker, batch = self._consumer(job), job.batch
         assert batch is not None
@@ -843,8 +855,10 @@ class Model(Machine):
                 written = [one.id for _, one in now.queued if one.id in self.rows.rows]
                 assert all(now.state_of(run_id) == "DRAINING" for run_id in written), "it may be in Postgres"
             for entry_id, one in was.queued:
-                if position(entry_id) <= now.mark("done") and one.idempotency_key:
-                    assert self.endings.values.get(KEYS.claim(one)) != one.id, "Postgres has the key"
+                is_settled = position(entry_id) <= now.mark("done")
+                if is_settled and one.idempotency_key and claims.get(KEYS.claim(one)) == one.id:
+                    del claims[KEYS.claim(one)]
+        assert self.endings.values == claims, "Postgres has the keys of what was settled, and no others"
         batch.is_over = True
 
     def _check_forget(self, before: Look) -> None:
@@ -997,7 +1011,16 @@ def a_claim_runs_out_before_its_run_is_accepted(model: Model) -> None:
     model.go_on(0, None)
 
 
+def a_key_runs_out_before_its_run_is_drained(model: Model) -> None:
+    for _ in range(2):
+        model.accept(0, KEYED, None)
+        model.advance(20)
+    model.accept(0, KEYED, None)
+    model.turn(2, "looks", 0, None)
+
+
 STORIES = [
+    a_key_runs_out_before_its_run_is_drained,
     a_claim_runs_out_before_its_run_is_accepted,
     a_statement_of_the_dead_ends_late,
     a_drainer_that_looked_dead_has_two_statements_under_way,
