@@ -11,11 +11,11 @@ Not played: DRAIN_MAX_RATE, which goes by the server's clock; two organizations 
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -48,6 +48,7 @@ from app.telemetry import Telemetry
 from app.turns import RedisTurns
 from schemas.overlay import decode_overlay
 from schemas.snapshot import Snapshot, decode_snapshot
+from tests.buffer_look import Look, decoded, look, position
 from tests.builders import NOW, START_MS, run
 from tests.machines import (
     JOB,
@@ -85,19 +86,11 @@ CHANGER = 5
 HANDS = 3
 """Batches that a drainer may have in its hands."""
 
-AHEAD = 4 * BATCH + 4
+AHEAD = 3 * BATCH
 """How far one that waits may fall behind another, in entries over weight: it may owe a batch that it had
-alone, the other may lag by two, and both are served in quanta."""
+alone, and the other may lag by two. Two were seen."""
 
 FAR = 10**15
-LOOK = """
-local answers, at = {}, 1
-while at <= #ARGV do
-  answers[#answers + 1] = redis.call(unpack(ARGV, at + 1, at + ARGV[at]))
-  at = at + 1 + ARGV[at]
-end
-return answers
-"""
 SCRIPTS = {"claim", "accept", "change", "schedule", "take", "settle", "forget"}
 
 
@@ -108,81 +101,6 @@ class Ask(NamedTuple):
     key: str | None = None
     is_claimed: bool = True
     known: int | None = None
-
-
-def position(entry_id: str) -> tuple[int, int]:
-    ms, _, sequence = entry_id.partition("-")
-    return int(ms), int(sequence)
-
-
-NOWHERE = (0, 0)
-
-
-@dataclass
-class Environment:
-    """The buffer of one environment, as Redis has it."""
-
-    entries: list[tuple[str, Snapshot]]
-    drain: dict[str, str]
-    index: dict[str, str]
-    overlays: dict[str, bytes]
-
-    @property
-    def hold(self) -> tuple[str, int] | None:
-        return (self.drain["holder"], int(self.drain["hold"])) if "holder" in self.drain else None
-
-    def mark(self, name: str) -> tuple[int, int]:
-        return position(self.drain.get(name, "0-0"))
-
-    def past(self, mark: str) -> list[tuple[str, Snapshot]]:
-        return [entry for entry in self.entries if position(entry[0]) > self.mark(mark)]
-
-    @property
-    def queued(self) -> list[tuple[str, Snapshot]]:
-        return self.past("done")
-
-    def state_of(self, run_id: str) -> str | None:
-        """What readers are to see of a run."""
-        at = [position(entry_id) for entry_id, one in self.entries if one.id == run_id]
-        if not at:
-            return None
-        if at[0] <= self.mark("done"):
-            return "MATERIALISED"
-        return "DRAINING" if at[0] <= max(self.mark("taken"), self.mark("uncertain")) else "QUEUED"
-
-
-@dataclass
-class Schedule:
-    """Whose turn it is, as Redis has it. Of organizations and environments their times."""
-
-    states: set[str]
-    organizations: dict[str, float]
-    choosable: dict[str, float]
-    environments: dict[str, dict[str, float]]
-    resting: dict[str, float]
-    apart: list[str]
-    takers: set[str]
-    held: dict[str, dict[str, str]]
-
-    def waiting(self) -> set[str]:
-        return {
-            environment
-            for some in self.environments.values()
-            for environment, at in some.items()
-            if at < math.inf
-        }
-
-
-@dataclass
-class Look:
-    """All that is there."""
-
-    environments: dict[str, Environment]
-    ready: dict[str, int]
-    arrivals: set[str]
-    totals: list[int]
-    grace: dict[str, float]
-    schedule: Schedule
 
 
 class Ledger:
@@ -298,10 +216,11 @@ ASK = st.builds(
     Ask, WHERE, st.sampled_from([None, None, "a", "b"]), st.booleans(), st.none() | st.integers(0, 9)
 )
 PICK = st.integers(0, 30)
+WEIGHTS = st.dictionaries(st.sampled_from(["org_1", "org_2"]), st.integers(2, 4))
 DRAINER = st.sampled_from(DRAINERS)
 NOTICES = st.sampled_from(["hears", "looks", "looks", "neither"])
 TAKING = faults("schedule", "take", "ZRANGE", "ZREM", "SMEMBERS", "EXISTS", "HKEYS")
-HANDLING = faults("materialise", "hang", "settle")
+HANDLING = faults("materialise", "hang", "materialise", "settle")
 
 
 class Model(Machine):
@@ -424,32 +343,32 @@ class Model(Machine):
     def beat(self, drainer: int) -> None:
         self._beat(self.drainers[drainer].consumer)
 
-    @rule(seconds=st.sampled_from([5, 10, 20, GRACE_S]))
     def advance(self, seconds: int) -> None:
         """Claims end, grace is over, and what failed has rested."""
         self.now += timedelta(seconds=seconds)
         self.now_ms += seconds * 1000
         self.wait_for(self._advance())
 
-    @rule(drainer=DRAINER, fault=faults("ZRANGEBYSCORE", "forget"))
-    def forget(self, drainer: int, fault: Fault | None) -> None:
-        self._start("forget", job := Work(drainer, fault), self._forget(job, self.drainers[drainer]))
+    @rule(drainer=DRAINER, seconds=st.sampled_from([5, 20, GRACE_S]), fault=faults("ZRANGEBYSCORE", "forget"))
+    def forget(self, drainer: int, seconds: int, fault: Fault | None) -> None:
+        self.advance(seconds)
+        job = Work(drainer, fault)
+        self._start("forget", job, self._forget(job, self.drainers[drainer]))
 
-    @rule(weights=st.dictionaries(st.sampled_from(["org_1", "org_2"]), st.integers(2, 4)))
-    def weigh(self, weights: dict[str, int]) -> None:
-        self.weights = weights
-        self._start(
-            "weigh", Work(DRAINERS[0], None), self.drainers[DRAINERS[0]].turns.schedule.set_weights(weights)
-        )
-
-    @rule(drainer=DRAINER, where=st.sets(WHERE, min_size=2), batches=st.integers(4, 10))
-    def flow(self, drainer: int, where: set[str], batches: int) -> None:
+    @rule(drainer=DRAINER, weights=WEIGHTS, where=st.sets(WHERE, min_size=2), batches=st.integers(4, 10))
+    def flow(self, drainer: int, weights: dict[str, int], where: set[str], batches: int) -> None:
         """For a while there is much to do, and nothing goes wrong with this drainer."""
+        self.weigh(weights)
         self.accept(0, [Ask(environment) for environment in sorted(where) for _ in range(12)], None)
         if not any(job.process == drainer for job in self.jobs):
             for _ in range(batches):
                 self.take(drainer, "hears", None)
                 self._handle_all(drainer)
+
+    def weigh(self, weights: dict[str, int]) -> None:
+        self.weights = weights
+        schedule = self.drainers[DRAINERS[0]].turns.schedule
+        self._start("weigh", Work(DRAINERS[0], None), schedule.set_weights(weights))
 
     def _handle_all(self, drainer: int) -> None:
         while any(not batch.is_handled for batch in self.drainers[drainer].batches):
@@ -486,8 +405,7 @@ class Model(Machine):
         assert {*self.rows.rows} == {run_id for some in self.accepted.values() for run_id in some}
         for run_id, tags in self.tags.items():
             assert tags <= {*self.rows.rows[run_id].run.tags}, "changes stick"
-        self.advance(GRACE_S + 10)
-        self.forget(DRAINERS[0], None)
+        self.forget(DRAINERS[0], GRACE_S, None)
         left = {name.decode() for name in self.wait_for(self.redis.keys("*"))}
         assert left - {f"{KEYS.turns}:weights"} == {KEYS.heartbeat(consumer) for consumer in self.alive}
 
@@ -541,7 +459,7 @@ class Model(Machine):
         while await one.turns.forget() or job.struck:
             if job.struck:
                 return
-        assert not [end for end in self.look.grace.values() if end <= self.now_ms]
+        assert not self._due(self.look)
 
     def _run_for(self, ask: Ask) -> tuple[Snapshot, bool]:
         known = [one for one in self.runs if one.environment_id == ask.environment]
@@ -602,78 +520,26 @@ class Model(Machine):
 
     async def _look(self) -> Look:
         """Read everything. Rests and grace are made endless: they are over when the model says so."""
-        names = [KEYS.environment(environment) for environment in ORGANIZATIONS]
-        organizations = sorted({*ORGANIZATIONS.values()})
-        partitions = range(KEYS.partitions)
-        turns = KEYS.turns
-        commands: list[tuple[Any, ...]] = []
-        for one in names:
-            commands += [
-                ("XRANGE", one.entries, "-", "+"),
-                *[("HGETALL", key) for key in (one.drain, one.index, one.overlays)],
-            ]
-        ranges = [KEYS.ready(one) for one in partitions] + [KEYS.arrivals(one) for one in partitions]
-        ranges += [KEYS.grace(one) for one in partitions]
-        ranges += [f"{turns}:{name}" for name in ("organizations", "choosable", "resting")]
-        ranges += [f"{turns}:environments:{one}" for one in organizations]
-        commands += [("ZRANGE", key, 0, -1, "WITHSCORES") for key in ranges]
-        commands += [("HGETALL", f"{turns}:held:{consumer}") for consumer in self.consumers]
-        commands += [("HGET", KEYS.totals(one), "queued") for one in partitions]
-        commands += [("HKEYS", f"{turns}:states"), ("LRANGE", f"{turns}:apart", 0, -1)]
-        commands += [("SMEMBERS", f"{turns}:takers")]
-        words = [word for command in commands for word in (len(command), *command)]
-        answers = await self.redis.eval(LOOK, 0, *words)
-        environments = {
-            environment: Environment(
-                [(entry_id.decode(), _decoded(fields[3])) for entry_id, fields in answers.pop(0)],
-                _texts(answers.pop(0)),
-                _texts(answers.pop(0)),
-                {run_id.decode(): overlay for run_id, overlay in _pairs(answers.pop(0))},
-            )
-            for environment in ORGANIZATIONS
-        }
-        scores = [_scores(answers.pop(0)) for _ in ranges]
-        ready, arrivals, grace = (
-            {**one, **two} for one, two in zip(scores[0:6:2], scores[1:6:2], strict=True)
-        )
-        held = {consumer: _texts(answers.pop(0)) for consumer in self.consumers}
-        totals = [int(answers.pop(0) or 0) for _ in partitions]
-        schedule = Schedule(
-            states={one.decode() for one in answers[0]},
-            organizations=scores[6],
-            choosable=scores[7],
-            resting=scores[8],
-            environments=dict(zip(organizations, scores[9:], strict=True)),
-            apart=[one.decode() for one in answers[1]],
-            takers={one.decode() for one in answers[2]},
-            held=held,
-        )
-        await self._stop_the_clock(schedule.resting, grace)
-        return Look(
-            environments,
-            {environment: int(score) for environment, score in ready.items()},
-            {one.split(" ", 3)[3][int(one.split(" ", 3)[2]) :] for one in arrivals},
-            totals,
-            {element: self.graces[element] for element in grace},
-            schedule,
-        )
-
-    async def _stop_the_clock(self, resting: Mapping[str, float], grace: Mapping[str, float]) -> None:
+        found = await look(self.redis, KEYS, ORGANIZATIONS, self.consumers)
+        resting = found.schedule.resting
         tired = {environment: FAR for environment, until in resting.items() if 0 < until < FAR}
         if tired:
             await self.redis.zadd(f"{KEYS.turns}:resting", tired)
-        for element in grace.keys() - self.graces.keys():
+        for element in found.grace - self.graces.keys():
             self.graces[element] = self.now_ms + GRACE_S * 1000
+        return found
+
+    def _due(self, found: Look) -> list[str]:
+        return sorted(element for element in found.grace if self.graces[element] <= self.now_ms)
 
     async def _advance(self) -> None:
         await self.endings.end(self.now_ms)
         resting = self.look.schedule.resting
         if resting:
             await self.redis.zadd(f"{KEYS.turns}:resting", dict.fromkeys(resting, 0))
-        for element, end in self.look.grace.items():
-            if end <= self.now_ms:
-                partition = KEYS.environment(element.partition(" ")[2]).partition
-                await self.redis.zadd(KEYS.grace(partition), {element: 0})
+        for element in self._due(self.look):
+            partition = KEYS.environment(element.partition(" ")[2]).partition
+            await self.redis.zadd(KEYS.grace(partition), {element: 0})
         self.look = await self._look()
 
     # What must hold
@@ -700,7 +566,7 @@ class Model(Machine):
                     one.id for _, one in was.entries
                 ] or name == "forget"
             if name not in ("take", "settle", "forget"):
-                assert _marks(now) == _marks(was)
+                assert now.marks() == was.marks()
             if name not in ("change", "forget"):
                 assert now.overlays == was.overlays
         if name == "accept":
@@ -847,7 +713,7 @@ class Model(Machine):
         for environment, was in before.environments.items():
             now = self.look.environments[environment]
             if environment not in holds or holds[environment] != was.hold:
-                assert _marks(now) == _marks(was), "it was not held"
+                assert now.marks() == was.marks(), "it was not held"
                 continue
             assert now.hold is None
             assert now.mark("done") in (was.mark("done"), lasts[environment])
@@ -867,8 +733,8 @@ class Model(Machine):
             now = self.look.environments[environment]
             due = [
                 position(element.partition(" ")[0])
-                for element, end in before.grace.items()
-                if element.partition(" ")[2] == environment and end <= self.now_ms
+                for element in self._due(before)
+                if element.partition(" ")[2] == environment
             ]
             first = position(now.entries[0][0]) if now.entries else (FAR, 0)
             gone = [position(entry_id) for entry_id, _ in was.entries if position(entry_id) < first]
@@ -876,12 +742,12 @@ class Model(Machine):
             assert now.overlays == {
                 run_id: was.overlays[run_id] for run_id in now.index if run_id in was.overlays
             }
-            assert not now.entries or _marks(now) == _marks(was)
+            assert not now.entries or now.marks() == was.marks()
 
     def _check_change(self, before: Look) -> None:
         """One after the other, and not of an entry that is a row already or that anybody may write (G11)."""
         batches = [one for drainer in self.drainers.values() for one in drainer.batches if not one.is_over]
-        in_hand = {_decoded(run).id for one in batches for taken in one.taken for _, run in taken.entries}
+        in_hand = {decoded(run).id for one in batches for taken in one.taken for _, run in taken.entries}
         for environment, was in before.environments.items():
             overlays = self.look.environments[environment].overlays
             for run_id in [run_id for run_id in overlays if overlays[run_id] != was.overlays.get(run_id)]:
@@ -912,29 +778,6 @@ class Model(Machine):
             self.environments[organization].give(
                 {name: share / weight for name, share in shares.items() if name in mine}, mine
             )
-
-
-def _marks(one: Environment) -> dict[str, str]:
-    return {
-        name: one.drain[name]
-        for name in ("done", "taken", "uncertain", "holder", "hold")
-        if name in one.drain
-    }
-
-
-def _pairs(found: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:
-    return zip(found[::2], found[1::2], strict=True)
-
-
-def _texts(found: Sequence[bytes]) -> dict[str, str]:
-    return {name.decode(): value.decode() for name, value in _pairs(found)}
-
-
-def _scores(found: Sequence[bytes]) -> dict[str, float]:
-    return {member.decode(): float(score) for member, score in _pairs(found)}
-
-
-_decoded = lru_cache(maxsize=10_000)(decode_snapshot)
 
 
 class Stage:
@@ -1019,7 +862,18 @@ def a_key_runs_out_before_its_run_is_drained(model: Model) -> None:
     model.turn(2, "looks", 0, None)
 
 
+def tenants_share_for_a_long_time(model: Model) -> None:
+    """Two of them from the beginning, by weight, and two more that come when the first had much."""
+    model.weigh({"org_2": 3})
+    for environments in (["env_1", "env 3"], ["env_2", "é:4"]):
+        for environment in environments:
+            model.accept(0, [Ask(environment)] * 90, None)
+        for _ in range(20):
+            model.turn(2, "hears", 0, None)
+
+
 STORIES = [
+    tenants_share_for_a_long_time,
     a_key_runs_out_before_its_run_is_drained,
     a_claim_runs_out_before_its_run_is_accepted,
     a_statement_of_the_dead_ends_late,
