@@ -1,11 +1,6 @@
-"""The rate gate against a plain model of it that takes requests one at a time. DESIGN section 6."""
-
-from collections import Counter
-from dataclasses import dataclass, field
+"""The rate gate on a real server. DESIGN section 6. Against a plain model of it: `test_model_gate.py`."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from redis.asyncio import Redis
 
 from app.errors import GateUnavailable
@@ -17,29 +12,6 @@ from app.switches import Rate
 
 WINDOW, THRESHOLD, HOLD = 100, 5, 250
 START = 1_800_000_000_000
-
-
-@dataclass
-class ModelGate:
-    """One scope. Counts are kept per window; every request is decided on its own."""
-
-    sliding: bool
-    threshold: int = THRESHOLD
-    counts: Counter[int] = field(default_factory=Counter)
-    tripped_until: int = 0
-
-    def decide(self, now: int) -> bool:
-        """Whether one request, now, passes."""
-        window, elapsed = divmod(now, WINDOW)
-        self.counts[window] += 1
-        rate: float = self.counts[window]
-        if self.sliding:
-            rate += self.counts[window - 1] * (WINDOW - elapsed) / WINDOW
-        passes = self.tripped_until <= now
-        if rate > self.threshold:
-            self.tripped_until = now + HOLD
-            passes = False
-        return passes
 
 
 def gate_settings(**changes: object) -> Settings:
@@ -55,46 +27,6 @@ def gate_settings(**changes: object) -> Settings:
 
 def make_gate(redis: Redis, config: Settings) -> RedisGate:
     return RedisGate(Scripts(redis), Keys(config.namespace, config.partitions), config)
-
-
-batches = st.lists(
-    st.tuples(
-        st.integers(0, 3 * WINDOW),
-        st.lists(st.sampled_from(["env_1", "env_2", "a:b", "a", ":b", "env é"]), min_size=1, max_size=12),
-    ),
-    max_size=12,
-)
-
-
-@pytest.mark.parametrize("window", ["sliding", "fixed"])
-@pytest.mark.parametrize("fleet_threshold", [0, 8])
-@given(batches=batches)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-async def test_a_batch_is_decided_as_its_requests_one_by_one(
-    redis: Redis, window: str, fleet_threshold: int, batches: list[tuple[int, list[str]]]
-) -> None:
-    await redis.flushall()
-    config = gate_settings(gate_window=window, global_trip_threshold=fleet_threshold)
-    gate = make_gate(redis, config)
-    models: dict[str, ModelGate] = {}
-    fleet = ModelGate(window == "sliding", threshold=fleet_threshold)
-    now = START
-    for pause, environments in batches:
-        now += pause
-        expected = [
-            (models.setdefault(name, ModelGate(window == "sliding")).decide(now), fleet.decide(now))
-            for name in environments
-        ]
-        admission = await gate.admit(Counter(environments), now_ms=now)
-        left, fleet_left = dict(admission.by_environment), admission.fleet
-        decided = []
-        for name in environments:
-            decided.append((left[name] > 0, fleet_left > 0 if fleet_threshold else True))
-            left[name] -= 1
-            fleet_left -= 1
-        if not fleet_threshold:
-            expected = [(one, True) for one, _ in expected]
-        assert decided == expected
 
 
 async def test_the_threshold_passes_and_the_next_request_trips(redis: Redis) -> None:

@@ -2,16 +2,16 @@
 
 Hypothesis decides what happens: workers and drainers handle, stall, die, fall silent, and lose a server in
 the middle of a call. After every step both stores are read as they are and held against what the model
-allows. Time is the model's alone: nothing ends by itself, claims in Redis included.
+allows. Time is the model's alone: nothing ends by itself, claims in Redis included. A longer search: see
+`machines.py`.
 
 Not played: an id that a caller chose while Postgres cannot be asked whether another tenant has it.
 """
 
-import asyncio
 import json
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextvars import ContextVar, copy_context
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
@@ -21,15 +21,11 @@ from typing import Any, Literal, NamedTuple
 
 import asyncpg
 import pytest
-import uvloop
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 from redis.asyncio import Redis
 
@@ -49,6 +45,7 @@ from app.wiring import World
 from schemas.snapshot import Snapshot, decode_snapshot
 from tests.builders import NOW, body
 from tests.fakes import FakeGate, FakeHeart
+from tests.machines import Endings, Fault, Job, Machine, breakable, faults, patient, search, tell
 
 Tenant = tuple[str, str]
 Key = tuple[str, str, str, str]
@@ -85,15 +82,6 @@ recall        Postgres could not be asked whether the request has a run already
 stalled       a worker stood still for longer than the claim was its own
 bypass        a request that claims nothing was under way together with another of its key
 """
-
-
-class Fault(NamedTuple):
-    """What happens at a script or statement: its server is `lost`, the process comes to a `halt`, or the
-    command arrives `twice`. `done`: after it was done, of which nobody is told."""
-
-    point: str
-    kind: Literal["lost", "halt", "twice"]
-    done: bool
 
 
 class Ask(NamedTuple):
@@ -173,66 +161,21 @@ def _by_key(runs: list[Run], now: datetime) -> dict[Key, set[str]]:
     return ids
 
 
-@dataclass(eq=False)
-class Job:
+class Work(Job):
     """A batch, a tick or a turn under way. It `began` after so many steps; `holds` are its claims at its
-    halt."""
+    halt, until when in ms."""
 
-    kind: Kind
-    process: int
-    requests: list[Request]
-    fault: Fault | None
-    began: int
-    struck: Fault | None = None
-    halted: asyncio.Event | None = None
-    active: int = 0
-    holds: dict[Key, tuple[str, datetime]] = field(default_factory=dict)
-    task: "asyncio.Task[Any] | None" = None
+    def __init__(
+        self, kind: Kind, process: int, requests: list[Request], fault: Fault | None, began: int
+    ) -> None:
+        super().__init__(process, fault)
+        self.kind = kind
+        self.requests = requests
+        self.began = began
+        self.holds: dict[Key, tuple[str, int]] = {}
 
     def keyed(self) -> list[Key]:
         return [request.key for request in self.requests if request.key is not None]
-
-    async def meet(self, points: set[str], call: Callable[[], Awaitable[Any]], lost: type[Exception]) -> Any:
-        """Make a call, unless the fault wants it otherwise."""
-        fault = self.fault if self.fault and self.fault.point in points else None
-        if fault is not None:
-            self.fault, self.struck = None, fault
-            if not fault.done:
-                await self._strike(fault, lost)
-        self.active += 1
-        try:
-            result = await call()
-            if fault is not None and fault.kind == "twice":
-                result = await call()
-        finally:
-            self.active -= 1
-        if fault is not None and fault.done:
-            await self._strike(fault, lost)
-        return result
-
-    async def _strike(self, fault: Fault, lost: type[Exception]) -> None:
-        if fault.kind == "lost":
-            raise lost("says the model")
-        if fault.kind == "halt":
-            self.halted = asyncio.Event()
-            await self.halted.wait()
-            self.halted = None
-
-    async def until_still(self) -> None:
-        """Return when it has ended, or stands still at its halt."""
-        assert self.task is not None
-        idle = 0
-        while not self.task.done() and idle < 20:
-            idle = idle + 1 if self.halted is not None and not self.active else 0
-            await asyncio.sleep(0)
-
-    async def die(self) -> None:
-        assert self.task is not None
-        self.task.cancel()
-        await asyncio.wait([self.task])
-
-
-JOB: ContextVar[Job] = ContextVar("job")
 
 
 class ClaimsByTheClock(RedisClaims):
@@ -242,21 +185,6 @@ class ClaimsByTheClock(RedisClaims):
 
     async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
         return await super().claim(runs, self.clock())
-
-
-def breakable(adapter: object, method: str, points: Callable[..., set[str]], lost: type[Exception]) -> None:
-    """Let the fault of the job at hand strike in a method of an adapter."""
-    real = getattr(adapter, method)
-
-    async def call(*arguments: Any) -> Any:
-        return await JOB.get().meet(points(*arguments), partial(real, *arguments), lost)
-
-    setattr(adapter, method, call)
-
-
-def faults(*points: str) -> st.SearchStrategy[Fault | None]:
-    kinds = st.sampled_from(["halt", "lost", "twice", "halt"])
-    return st.none() | st.builds(Fault, st.sampled_from(points), kinds, st.booleans())
 
 
 FROM_CLAIMS = (
@@ -285,22 +213,13 @@ ASKS = st.lists(
 WORKER = st.sampled_from(sorted(WORKERS))
 PASSES = st.sampled_from([0, 9, 1])
 FAULT = faults("find", "recall", *FROM_CLAIMS)
-GAME = settings(
-    max_examples=250,
-    stateful_step_count=25,
-    # The same examples in every run: whoever changes other code is not stopped by what chance finds.
-    derandomize=True,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
 PICK = st.integers(0, 30)
 DRAINER = st.sampled_from(sorted(DRAINERS))
 
 
-class Model(RuleBasedStateMachine):
+class Model(Machine):
     """The rules are what may happen; `_check` is what must hold after each."""
 
-    loop: asyncio.AbstractEventLoop
     worlds: list[World]
     redis: Any
     postgres: Any
@@ -311,7 +230,7 @@ class Model(RuleBasedStateMachine):
         self.now = NOW
         self.requests: list[Request] = []
         self.deliveries: Counter[str] = Counter()
-        self.jobs: list[Job] = []
+        self.jobs: list[Work] = []
         self.owners: dict[str, Tenant] = {}
         self.first_seen: dict[str, int] = {}
         self.spans: dict[str, str] = {}
@@ -319,13 +238,13 @@ class Model(RuleBasedStateMachine):
         self.history: list[dict[Key, set[str]]] = [{}]
         self.together: set[tuple[str, str]] = set()
         self.excuses: defaultdict[Key, set[str]] = defaultdict(set)
-        self.claims: dict[str, tuple[str, datetime]] = {}
+        self.endings = Endings(self.redis, "mollifier:*:claim:*", 1000)
         self.is_sound = True
-        self._run(self._empty())
+        self.wait_for(self._empty())
         self.gates = {number: FakeGate() for number in WORKERS}
         self.pipelines = {number: self._pipeline(number) for number in WORKERS}
         self.drains = {number: self._drain(number) for number in DRAINERS}
-        self.state: State = self._run(self._look())
+        self.state: State = self.wait_for(self._look())
 
     # What happens
 
@@ -373,9 +292,7 @@ class Model(RuleBasedStateMachine):
     @rule(pick=PICK, fault=faults(*FROM_CLAIMS, "materialise", "settle"))
     def go_on(self, pick: int, fault: Fault | None) -> None:
         job = self.jobs[pick % len(self.jobs)]
-        assert job.halted is not None
-        job.fault = fault
-        job.halted.set()
+        job.go_on(fault)
         self._proceed(job)
 
     @precondition(lambda self: self.jobs or any(line.waiting_room.held for line in self.pipelines.values()))
@@ -383,7 +300,7 @@ class Model(RuleBasedStateMachine):
     def crash(self, process: int) -> None:
         """Its memory is gone, and its name with the heartbeat: what it held is left to the others."""
         for job in [job for job in self.jobs if job.process == process]:
-            self._run(job.die())
+            self.wait_for(job.die())
             self.jobs.remove(job)
         if process in WORKERS:
             self.pipelines[process] = self._pipeline(process)
@@ -395,13 +312,12 @@ class Model(RuleBasedStateMachine):
     @rule(drainer=DRAINER)
     def silence(self, drainer: int) -> None:
         """A drainer stalls so long that it looks dead."""
-        self._run(self.redis.delete(self.worlds[0].keys.heartbeat(self.drains[drainer][0])))
+        self.wait_for(self.redis.delete(self.worlds[0].keys.heartbeat(self.drains[drainer][0])))
 
     @rule(seconds=st.sampled_from([10, 1, 5, 40]))
     def advance(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
-        for name in [name for name, (_, end) in self.claims.items() if end <= self.now]:
-            self._run(self.redis.delete(name))
+        self.wait_for(self.endings.end(self._now_ms))
         self._check(None)
 
     @precondition(lambda self: "QUEUED" in self.state.statuses.values())
@@ -410,7 +326,7 @@ class Model(RuleBasedStateMachine):
         """An executor ends a run."""
         rows = sorted(run_id for run_id, status in self.state.statuses.items() if status == "QUEUED")
         update = "UPDATE mollifier.runs SET status = $2 WHERE id = $1"
-        self._run(self.postgres.execute(update, rows[-1 - pick % len(rows)], status))
+        self.wait_for(self.postgres.execute(update, rows[-1 - pick % len(rows)], status))
         self._check(None)
 
     @precondition(lambda self: self.state.settled)
@@ -425,7 +341,7 @@ class Model(RuleBasedStateMachine):
                 self._come_to_rest()
         finally:
             for job in self.jobs:
-                self._run(job.die())
+                self.wait_for(job.die())
 
     def _come_to_rest(self) -> None:
         while self.jobs:
@@ -448,8 +364,9 @@ class Model(RuleBasedStateMachine):
 
     # How it happens
 
-    def _run(self, work: Awaitable[Any]) -> Any:
-        return self.loop.run_until_complete(work)
+    @property
+    def _now_ms(self) -> int:
+        return int(self.now.timestamp() * 1000)
 
     async def _empty(self) -> None:
         await self.redis.flushall()
@@ -503,7 +420,7 @@ class Model(RuleBasedStateMachine):
         content = body(tenant[1], tenant[0], task=task, payload=number, options=options)
         fields = {b"body": json.dumps(content).encode(), b"reply_to": b"mollifier:reply:%d" % number}
         entry = Entry(f"{int(self.now.timestamp() * 1000)}-{number}", fields)
-        self._run(self.redis.xadd("mollifier:triggers", fields, id=entry.id))
+        self.wait_for(self.redis.xadd("mollifier:triggers", fields, id=entry.id))
         run_id = chosen or derive("mollifier", entry.id, tenant[1])
         unique = None if key is None else (*tenant, task, key)
         made = len(self.history) - 1, self.now
@@ -535,16 +452,14 @@ class Model(RuleBasedStateMachine):
     ) -> None:
         if fault and fault[:2] == ("recall", "lost") and any(one.run_id in CHOSEN for one in requests):
             fault = None
-        job = Job(kind, process, requests, fault, len(self.history) - 1)
-        context = copy_context()
-        context.run(JOB.set, job)
-        job.task = self.loop.create_task(work, context=context)
+        job = Work(kind, process, requests, fault, len(self.history) - 1)
+        job.start(self.loop, work)
         self.jobs.append(job)
         self._proceed(job)
 
-    def _proceed(self, job: Job) -> None:
+    def _proceed(self, job: Work) -> None:
         self.is_sound = False
-        self._run(job.until_still())
+        self.wait_for(job.until_still())
         assert job.task is not None
         if job.task.done():
             self.jobs.remove(job)
@@ -577,25 +492,10 @@ class Model(RuleBasedStateMachine):
             for entry_id, fields in await self.redis.xrange(names.entries):
                 run = Run(*_columns(decode_snapshot(fields[b"snapshot"])))
                 (state.settled if _position(entry_id) <= mark else state.queued).append(run)
-        await self._stop_the_clock()
-        state.claims = {name: value for name, (value, _) in self.claims.items()}
+        await self.endings.look(self._now_ms)
+        state.claims = dict(self.endings.values)
         assert not await self.redis.exists("mollifier:dead-letters")
         return state
-
-    async def _stop_the_clock(self) -> None:
-        """Read the claims, and give those that are new an end by the model's time instead of the server's."""
-        claims = {}
-        for name in [name.decode() for name in await self.redis.keys("mollifier:*:claim:*")]:
-            value, left_ms = await self.redis.get(name), await self.redis.pttl(name)
-            if value is None or (left_ms != -1 and left_ms < 10):
-                await self.redis.delete(name)
-            elif left_ms == -1:
-                claims[name] = self.claims[name]
-                assert claims[name][0] == value.decode(), "a claim without an end"
-            else:
-                await self.redis.persist(name)
-                claims[name] = value.decode(), self.now + timedelta(seconds=-(-left_ms // 1000))
-        self.claims = claims
 
     async def _answers(self) -> list[tuple[int, dict[str, Any]]]:
         """Replies since the last time, with the numbers of their requests."""
@@ -615,13 +515,13 @@ class Model(RuleBasedStateMachine):
 
     # What must hold
 
-    def _check(self, job: Job | None) -> None:
+    def _check(self, job: Work | None) -> None:
         self.is_sound = False
-        self.state = self._run(self._look())
+        self.state = self.wait_for(self._look())
         self._check_requests()
         self._excuse(job)
         self._check_keys()
-        for number, answer in self._run(self._answers()):
+        for number, answer in self.wait_for(self._answers()):
             assert job is not None
             self._check_answer(self.requests[number], answer, job)
         self._forgive()
@@ -660,7 +560,7 @@ class Model(RuleBasedStateMachine):
         live = self.state.live(now or self.now)
         return {key: live.get(key, set()) | queued.get(key, set()) for key in {*live, *queued}}
 
-    def _check_answer(self, request: Request, answer: dict[str, Any], job: Job) -> None:
+    def _check_answer(self, request: Request, answer: dict[str, Any], job: Work) -> None:
         """G7: it names a run of its tenant. G3: its own, if it has one. G4: else the one that has its key."""
         if answer["type"] == "error":
             assert answer["error"]["code"] in ERRORS
@@ -682,7 +582,7 @@ class Model(RuleBasedStateMachine):
         known = [*self.history[since:], self._known(request.made_at)]
         assert self.excuses[key] or any(run_id in one.get(key, ()) for one in known)
 
-    def _excuse(self, job: Job | None) -> None:
+    def _excuse(self, job: Work | None) -> None:
         """Note why the model cannot be strict about a key: see EXCUSES."""
         for one in {*self.jobs, *([job] if job else [])}:
             keys, struck = Counter(one.keyed()), one.struck
@@ -690,7 +590,7 @@ class Model(RuleBasedStateMachine):
                 one.holds = self._held(one)
             for key, (run_id, end) in one.holds.items():
                 if not self._is_pending(key, run_id) and self._claim(key) != run_id:
-                    assert end <= self.now or self._was_handed_out_again(run_id), "a claim was stolen"
+                    assert end <= self._now_ms or self._was_handed_out_again(run_id), "a claim was stolen"
                     self.excuses[key].add("stalled")
             for request in one.requests:
                 others = {key for other in self.jobs if other is not one for key in other.keyed()}
@@ -704,10 +604,10 @@ class Model(RuleBasedStateMachine):
                 for key in keys:
                     self.excuses[key] |= {struck.point} & {*CLAIMS, "look_up_keys", "recall"}
 
-    def _held(self, job: Job) -> dict[Key, tuple[str, datetime]]:
+    def _held(self, job: Work) -> dict[Key, tuple[str, int]]:
         """The claims that a job holds: by key, for which run and until when."""
         return {
-            request.key: (request.run_id, self.claims[self._claim_name(request.key)][1])
+            request.key: (request.run_id, self.endings.at[self._claim_name(request.key)])
             for request in job.requests
             if request.key is not None and self._is_pending(request.key, request.run_id)
         }
@@ -739,8 +639,8 @@ def _position(entry_id: bytes) -> tuple[int, int]:
     return int(ms), int(sequence)
 
 
-async def opened(redis_url: str, database_url: str) -> dict[str, Any]:
-    """The connections of the processes, and the model's own; they serve all examples."""
+@asynccontextmanager
+async def site(redis_url: str, database_url: str) -> AsyncIterator[dict[str, Any]]:
     worlds = []
     for changes in (WORKERS | DRAINERS).values():
         urls = {"REDIS_URL": redis_url, "DATABASE_URL": database_url}
@@ -750,14 +650,10 @@ async def opened(redis_url: str, database_url: str) -> dict[str, Any]:
             breakable(world.store, method, lambda *_, name=method: {name}, StoreUnavailable)
         worlds.append(world)
     redis = Redis.from_url(redis_url, protocol=2)
-    channel = redis.pubsub()
+    channel: Any = redis.pubsub()
     await channel.psubscribe("mollifier:reply:*")
     postgres = await asyncpg.connect(database_url)
-    loop = asyncio.get_running_loop()
-    return {"loop": loop, "worlds": worlds, "redis": redis, "channel": channel, "postgres": postgres}
-
-
-async def closed(worlds: list[World], redis: Redis, channel: Any, postgres: Any, **_: Any) -> None:
+    yield {"worlds": worlds, "redis": redis, "channel": channel, "postgres": postgres}
     for world in worlds:
         await world.close()
     await channel.aclose()
@@ -839,32 +735,13 @@ STORIES = [
 ]
 
 
-@pytest.mark.timeout(600)  # a failure takes its time to become the shortest one
+@patient
 async def test_g3_g4_g7_one_run_each_and_walls_between_tenants(redis_url: str, database_url: str) -> None:
-    play = partial(run_state_machine_as_test, settings=GAME)
-    await asyncio.to_thread(_play, redis_url, database_url, play)
+    await search(Model, partial(site, redis_url, database_url), examples=250, steps=25)
 
 
 @pytest.mark.parametrize("story", STORIES)
 async def test_g3_g4_g7_what_chance_seldom_finds(
     story: Callable[[Model], None], redis_url: str, database_url: str
 ) -> None:
-    await asyncio.to_thread(_play, redis_url, database_url, partial(_tell, story))
-
-
-def _tell(story: Callable[[Model], None], machine: Callable[[], Model]) -> None:
-    model = machine()
-    try:
-        story(model)
-    finally:
-        model.teardown()
-
-
-def _play(redis_url: str, database_url: str, play: Callable[[type[Model]], None]) -> None:
-    """Hypothesis wants to call, not to be awaited: the machine has a loop and a thread of its own."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        site = runner.run(opened(redis_url, database_url))
-        try:
-            play(type("Machine", (Model,), site))
-        finally:
-            runner.run(closed(**site))
+    await tell(story, Model, partial(site, redis_url, database_url))

@@ -34,7 +34,9 @@ for scope = 1, #KEYS / 2 do
     local s, c, p, t = string.match(state, '^(%d+) (%d+) (%d+) (%d+)$')
     local ended = math.floor((now - s) / window)
     if ended < 1 then
-      start, count, previous = tonumber(s), tonumber(c), tonumber(p)
+      -- If the clock was set back since, that is a window of a time to come: what it counted is counted now.
+      start = ended < 0 and start or tonumber(s)
+      count, previous = tonumber(c), tonumber(p)
     elseif ended == 1 then
       start, previous = s + window, tonumber(c)
     end
@@ -44,7 +46,7 @@ for scope = 1, #KEYS / 2 do
   -- What the previous window still weighs: the part of it that a window ending now overlaps.
   local carried = 0
   if sliding then
-    carried = previous * math.max(0, window - (now - start)) / window
+    carried = previous * (window - (now - start)) / window
   end
 
   local tripped = tripped_until > now
