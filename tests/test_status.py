@@ -322,6 +322,19 @@ class TestFleet:
         assert seen.tripped_for_s == pytest.approx(20, abs=5)
         assert 5 < seen.rate_per_s <= 20
 
+    async def test_a_hold_that_was_cut_short(
+        self, place: Place, lookout: NewLookout, database_url: str
+    ) -> None:
+        await place.trigger(env_1=200)
+        await _decide(
+            database_url,
+            "INSERT INTO mollifier.gate_settings (scope, id, hold_ms) VALUES ('environment', 'env_1', 20000)",
+        )
+        looking = await lookout()
+        await looking.glance()
+        (seen,) = (await looking.look(20)).environments
+        assert seen.tripped_for_s == 20
+
 
 class TestAway:
     async def test_redis(self, lookout: NewLookout) -> None:
@@ -396,6 +409,7 @@ class TestCost:
         commands, seen = await self._commands(place.redis, await lookout())
         assert seen.buffer is not None
         assert commands["hmget"] <= 160
+        assert commands["scan"] <= 3, "a search that is through ends"
         assert seen.buffer.environments == 301
         assert seen.buffer.looked_at == commands["hmget"]
         assert (await (await lookout()).look(1, "dwell")).environments[0].environment == "env_first"
@@ -466,6 +480,9 @@ class TestCommand:
         assert done.stderr == "mollifier: top needs a terminal; `mollifier status` prints one look\n"
 
 
+_HOME = "\x1b[H"
+
+
 class Terminal:
     """A command on a terminal of its own, and what it has shown there."""
 
@@ -481,6 +498,13 @@ class Terminal:
         while mark not in self.shown:
             assert time.monotonic() < deadline, f"{mark!r} is not shown in {self.shown[-3000:]!r}"
             self._read()
+
+    def frame(self) -> str:
+        """One whole look, between two that begin at the upper left."""
+        self.shown = ""
+        while self.shown.count(_HOME) < 2:
+            self._read()
+        return self.shown.split(_HOME)[1]
 
     def types(self, text: str) -> None:
         os.write(self.terminal, text.encode())
@@ -586,9 +610,8 @@ class TestTop:
             await place.heart("drainer", f"drainer-{number}").beat()
         with on_a_terminal("top", "--every", "0.2", **servers) as terminal:
             terminal.shows("drainer-0")
-            terminal.shows("drainer-0")
-            frame = terminal.shown.rpartition("\x1b[H")[2] or terminal.shown
-            assert 20 <= frame.count("\n") < 30
+            frame = terminal.frame()
+            assert (frame.count("env_"), frame.count("drainer-"), frame.count("\n") < 30) == (14, 7, True)
             terminal.types("q")
             assert terminal.ended() == 0
 
