@@ -726,8 +726,8 @@ class TestTheWorker:
     @pytest.mark.parametrize("envelope", ENVELOPES)
     @pytest.mark.parametrize(
         "body",
-        [b"", b"{", b"\xff", json.dumps(GOOD).encode() + b" and more", b'{"type":' + b"[" * 3000],
-        ids=["empty", "half", "not UTF-8", "more", "deep"],
+        [b"", b"{", b"\xff", json.dumps(GOOD).encode() + b" and more"],
+        ids=["empty", "half", "not UTF-8", "more"],
     )
     async def test_what_is_not_json_is_answered_and_set_aside(
         self, stage: Stage, body: bytes, envelope: Any

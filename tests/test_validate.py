@@ -60,7 +60,7 @@ def options(**values: Any) -> dict[str, Any]:
         (options(delay="soon"), "options.delay: 'soon' is neither a duration"),
         (options(delay="2026-01-01T00:00:00"), "options.delay: '2026-01-01T00:00:00' has no time zone"),
         (options(ttl="never"), "options.ttl: 'never' is not a duration"),
-        (options(ttl=0), "options.ttl: must be more than 0 seconds"),
+        (options(ttl=0), "options.ttl: Expected `int` >= 1"),
         (options(ttl="9999w"), "options.ttl: is more than ten years ahead"),
         (options(idempotency_key="k", idempotency_key_ttl="x"), "options.idempotency_key_ttl: 'x' is not"),
         (options(debounce={"key": "k", "delay": "x"}), "options.debounce.delay: 'x' is not"),

@@ -19,7 +19,7 @@ ALTER TABLE mollifier.settings ADD CONSTRAINT settings_value CHECK (CASE name
     ELSE true
 END);
 
--- Every change, by the command or by hand. Its ids grow in the order of commits: the newest is the revision.
+-- Every change, by the command or by hand; nobody but the owner can write it otherwise. Its ids grow in the order of commits: the newest is the revision.
 CREATE TABLE mollifier.audit (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at timestamptz NOT NULL DEFAULT now(),
@@ -34,7 +34,8 @@ COMMENT ON COLUMN mollifier.audit.who IS 'login and host of who used the command
 
 CREATE INDEX audit_by_what ON mollifier.audit (what, id DESC);
 
-CREATE FUNCTION mollifier.audit_change() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION mollifier.audit_change() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
     names text[] := '{organization_id,scope,id,updated_at}';
     was jsonb := to_jsonb(OLD);

@@ -7,7 +7,7 @@ from tests.chaos.evidence import Story, Violation
 from tests.chaos.journal import Attempt
 
 _MAY_STAY = re.compile(
-    r"mollifier:(triggers|operations|dead-letters|gate|\{\d+\}:gate:.*"
+    r"mollifier:(triggers|operations|dead-letters|gate|processes|\{\d+\}:gate:.*"
     r"|\{turns\}(:(weights|clocks|idle|bucket))?)"
 )
 """Streams with their groups, counters that run out, and what the drain remembers of organizations."""
