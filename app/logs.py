@@ -1,6 +1,7 @@
 """Log lines on standard output, one an event: JSON, or coloured for people. structlog writes them."""
 
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -114,3 +115,14 @@ def configure_logging(settings: Settings) -> None:
 
 def _json(event: Any, **options: Any) -> str:
     return orjson.dumps(event, **options).decode()
+
+
+def flush_logs() -> None:
+    """Write what is left; dropped where nobody reads it, else that would be the process' exit status.
+
+    Source: the note on SIGPIPE in the documentation of Python's module `signal`.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -821,7 +821,7 @@ class TestOutages:
         producer, environment = stage.producer, new_environment()
         stored = (await producer.ask(request(environment, enrolled=False)))["run"]["friendly_id"]
         await producer.trip(environment)
-        await stage.rows(environment, count=4)  # a drainer that stands still in a statement keeps its locks
+        await eventually(lambda: self._are_rows(stage, environment, 4))
         with undrained(stage):
             (buffered,) = await mollified(producer, environment, 1)
             asked = [stored, buffered, "run_nowhere"] * 20
@@ -834,6 +834,10 @@ class TestOutages:
             valkey.resume()
             replies = await producer.all_replies(names)
         assert [outcome(reply) for reply in replies] == ["run_details", "run_details", "run_not_found"] * 20
+
+    async def _are_rows(self, stage: Stage, environment: str, count: int) -> None:
+        """A drainer that stands still in the middle of a statement would keep its locks."""
+        assert len(await runs_of(stage.database_url, environment)) == count
 
     async def _are_under_way(self, producer: Producer, count: int) -> None:
         assert (await producer.redis.xpending(OPERATIONS, "mollifier"))["pending"] == count

@@ -18,7 +18,7 @@ from prometheus_client import make_asgi_app
 
 from app.doctor import ESSENTIAL, refusal
 from app.errors import ConfigurationError, StoreUnavailable, Unreachable
-from app.logs import configure_logging
+from app.logs import configure_logging, flush_logs
 from app.settings import Settings
 from app.telemetry import Telemetry
 from app.wiring import World, open_telemetry
@@ -203,6 +203,8 @@ def run(make: Callable[[World], Process]) -> None:
         _run(Settings.load(), make)
     except ConfigurationError as error:
         sys.exit(f"mollifier: the configuration is wrong.\n{error}")
+    finally:
+        flush_logs()
 
 
 def _run(settings: Settings, make: Callable[[World], Process]) -> None:
