@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -29,7 +28,6 @@ _CONNECTIONS_CLOSE_S = 2
 _RESTART_S = 1.0
 _WATCH_EVERY_S = 2.0
 _EXAMINE_EVERY_S = 1.0
-_FIRST_LOOK_S = 2.0
 _LOOK_AT_SWITCHES_EVERY_S = 1.0
 """A change of a switch is known everywhere within two seconds also where nobody hears of it."""
 
@@ -63,13 +61,11 @@ class Process:
     async def start(self) -> None:
         """Start the heartbeat and the loops, once it is known what operators have decided.
 
-        While Postgres is away nobody waits for that: the environment variables hold until it is back.
+        If Postgres is away, or does not answer in time, the environment variables hold until it does.
         """
         self._heart = asyncio.create_task(self.world.heartbeat.run())
         self.world.telemetry.switched(self.world.switches())
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_FIRST_LOOK_S):
-                await self._look_at_switches()
+        await self._look_at_switches()
         self._follower = asyncio.create_task(self._keep_going(self._follow_operators))
         loops = (self._examine, self._watch_servers, *self.loops())
         self._tasks = [asyncio.create_task(self._keep_going(loop)) for loop in loops]
