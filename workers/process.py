@@ -1,7 +1,6 @@
 """What every process has: an HTTP side for health and metrics, loops, and an orderly end (G13)."""
 
 import asyncio
-import gc
 import signal
 import socket
 import sys
@@ -30,9 +29,6 @@ _WATCH_EVERY_S = 2.0
 _EXAMINE_EVERY_S = 1.0
 _LOOK_AT_SWITCHES_EVERY_S = 1.0
 """A change of a switch is known everywhere within two seconds also where nobody hears of it."""
-
-_OBJECTS_BETWEEN_COLLECTIONS = 50_000
-"""A batch makes ten thousand objects and hardly a cycle; by default they are looked through every 700."""
 
 _JSON = {"content-type": "application/json"}
 
@@ -204,8 +200,6 @@ def run(make: Callable[[World], Process]) -> None:
 
 
 def _run(settings: Settings, make: Callable[[World], Process]) -> None:
-    gc.freeze()
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     configure_logging(settings)
     telemetry = open_telemetry(settings, make.__name__.lower())
     with socket.socket() as listener:
