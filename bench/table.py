@@ -1,6 +1,17 @@
 """All comparisons, in the order of the report."""
 
-from bench import drain, growth, hot_key, latency, mollify, passing, producer, protection, scaling
+from bench import (
+    drain,
+    growth,
+    hot_key,
+    latency,
+    mollify,
+    passing,
+    producer,
+    protection,
+    scaling,
+    telemetry,
+)
 
 COMPARISONS = (
     mollify.COMPARISON,
@@ -12,4 +23,5 @@ COMPARISONS = (
     scaling.COMPARISON,
     protection.COMPARISON,
     producer.COMPARISON,
+    telemetry.COMPARISON,
 )

@@ -29,6 +29,7 @@ BOUNDS = {
     "scaling": [(None, 1.15), (90, None)],
     "protection": [(None, 1), (None, 1.5)],
     "producer": [(5, None), (5, None), (2, None)],
+    "telemetry": [(None, 0.02)],
 }
 """What has to hold, as (least, most), by comparison."""
 
