@@ -22,6 +22,7 @@ Connection = Any
 """An asyncpg connection, pooled or not."""
 
 POOL_SIZE = 8
+_BY_INDEX = "SET enable_seqscan = off; SET enable_hashjoin = off; SET enable_mergejoin = off; SET jit = off"
 _UNAVAILABLE_CLASSES = frozenset({"08", "25", "28", "3D", "40", "42", "53", "55", "57", "58", "XX"})
 _REFUSED_CLASSES = frozenset({"22", "23"})
 
@@ -33,9 +34,32 @@ async def create_pool(url: str, timeout_s: float, size: int = POOL_SIZE) -> "asy
     transaction mode; every other parameter is Postgres' own.
     """
     dsn, options = split_url(url)
+    is_prepared = options.get("statement_cache_size") != 0
     return await asyncpg.create_pool(
-        dsn, min_size=0, max_size=size, timeout=timeout_s, command_timeout=timeout_s, **options
+        dsn,
+        min_size=0,
+        max_size=size,
+        timeout=timeout_s,
+        command_timeout=timeout_s,
+        init=_plan_for_growth if is_prepared else None,
+        reset=_keep,
+        **options,
     )
+
+
+async def _plan_for_growth(connection: Connection) -> None:
+    """Have statements look rows up by their indexes.
+
+    A prepared statement keeps the plan it got at first, until the table is analysed. Of an empty table that
+    is to read all of it, which in a storm takes a hundred times too long a minute later.
+    """
+    await connection.execute(_BY_INDEX)
+
+
+async def _keep(connection: Connection) -> None:
+    """Give a connection back as it is. asyncpg would reset what nobody here sets, at a round trip each time;
+    it ends a transaction that is left open all the same.
+    """
 
 
 async def connect(

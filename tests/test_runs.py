@@ -234,7 +234,7 @@ def statements() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
 
     def noting(method: Any) -> Any:
         async def call(connection: Any, query: str, *arguments: Any, **options: Any) -> Any:
-            if "RESET ALL" not in query:  # of the pool's own, when a connection comes back
+            if not query.startswith("SET "):  # of the pool's own, when a connection is new
                 given.append((query, arguments))
             return await method(connection, query, *arguments, **options)
 

@@ -1,7 +1,9 @@
 """Rows in Postgres: every column, bad rows alone, races. G3, G4, G12."""
 
 import asyncio
+import re
 from datetime import UTC, datetime, timedelta
+from importlib.resources import files
 from typing import Any
 
 import asyncpg
@@ -9,7 +11,7 @@ import pytest
 
 from app.batch import Answer
 from app.errors import InvalidRequest, OneTimeUseTokenUsed, StoreUnavailable
-from app.postgres import create_pool
+from app.postgres import create_pool, statement
 from app.rows import Materialised, Row, status_at
 from app.settings import Settings
 from app.store import PostgresStore
@@ -278,3 +280,25 @@ async def waitpoints(pool: Pool) -> set[tuple[Any, ...]]:
         "SELECT child_run_id, parent_run_id, environment_id, status FROM mollifier.waitpoints"
     )
     return {tuple(row) for row in rows}
+
+
+BY_KEY = sorted(
+    path.name.removesuffix(".sql")
+    for path in files("app").joinpath("sql").iterdir()
+    if path.name.endswith(".sql") and re.search("mollifier.(runs|run_aliases|waitpoints)", path.read_text())
+)
+"""The statements about tables that grow."""
+
+
+@pytest.mark.parametrize("name", BY_KEY)
+async def test_a_plan_made_while_tables_are_small_reads_none_of_them_as_a_whole(
+    pool: Pool, store: PostgresStore, name: str
+) -> None:
+    """It is kept until they are analysed: a storm could bring in a million rows before that."""
+    await store.insert([run(id=str(number)) for number in range(20)], NOW)
+    query = f"EXPLAIN (GENERIC_PLAN) {statement(name)}"
+    async with pool.acquire() as connection:
+        parameters = (await connection.prepare(query)).get_parameters()
+        plan = await connection.fetch(query, *[None] * len(parameters))
+    lines = "\n".join(line for (line,) in plan)
+    assert lines and "Seq Scan" not in lines and "Hash" not in lines, lines

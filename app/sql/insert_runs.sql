@@ -11,8 +11,7 @@ INSERT INTO mollifier.runs (
     cancelled_at, cancel_reason, error, metadata_version, revision, applied
 )
 SELECT new.* FROM unnest($1::mollifier.new_run[]) AS new
-WHERE new.one_time_use_token IS NULL OR NOT EXISTS (
-    SELECT FROM mollifier.run_aliases AS used WHERE used.one_time_use_token = new.one_time_use_token
-)
+LEFT JOIN mollifier.run_aliases AS used ON used.one_time_use_token = new.one_time_use_token
+WHERE used.id IS NULL
 ON CONFLICT DO NOTHING
 RETURNING id, organization_id, environment_id

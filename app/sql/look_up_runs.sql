@@ -18,9 +18,7 @@ SELECT
         OR keyed.status IN ('FAILED', 'EXPIRED', 'SYSTEM_FAILURE'),
         false
     ) AS winner_key_is_free,
-    EXISTS (SELECT FROM mollifier.runs AS used WHERE used.one_time_use_token = wanted.token)
-        OR EXISTS (SELECT FROM mollifier.run_aliases AS used WHERE used.one_time_use_token = wanted.token)
-        AS token_is_used
+    used.id IS NOT NULL OR used_by_alias.id IS NOT NULL AS token_is_used
 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[])
     WITH ORDINALITY
     AS wanted (id, organization_id, environment_id, task, idempotency_key, token, accepted_at, position)
@@ -33,4 +31,6 @@ LEFT JOIN mollifier.runs AS keyed
         = mollifier.key_digest(
             wanted.organization_id, wanted.environment_id, wanted.task, wanted.idempotency_key
         )
+LEFT JOIN mollifier.runs AS used ON used.one_time_use_token = wanted.token
+LEFT JOIN mollifier.run_aliases AS used_by_alias ON used_by_alias.one_time_use_token = wanted.token
 ORDER BY wanted.position
