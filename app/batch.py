@@ -1,10 +1,16 @@
-"""The values that travel through the pipeline: entries come in, items gain an outcome, replies go out."""
+"""The values that travel through the pipeline: entries come in, items gain an outcome, replies go out.
+
+What there is one of for every request is a `Struct`: made in C, and (without `gc`) never looked at by the
+garbage collector, it costs a tenth of a tuple with names or a dataclass.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Literal, NamedTuple
+
+from msgspec import Struct
 
 from app.errors import RequestError
 from app.switches import Switches
@@ -14,7 +20,7 @@ from schemas.requests import TriggerRequest
 from schemas.snapshot import Snapshot
 
 
-class Entry(NamedTuple):
+class Entry(Struct, frozen=True, gc=False):
     """One entry of a request stream, as it was read. `deliveries` counts this one."""
 
     id: str
@@ -35,7 +41,7 @@ class Outcome(StrEnum):
     SHADOW = "shadow"
 
 
-class Decision(NamedTuple):
+class Decision(Struct, frozen=True, gc=False):
     """The gate's answer for one request and why. `divertible`: the buffer may take it if Postgres fails."""
 
     outcome: Outcome
@@ -48,7 +54,7 @@ class Decision(NamedTuple):
         return self.outcome is Outcome.MOLLIFY
 
 
-class Answer(NamedTuple):
+class Answer(Struct, frozen=True, gc=False):
     """The run that answers a request: its own, or (cached) one that was there before."""
 
     run_id: str
@@ -77,7 +83,7 @@ class Parent(NamedTuple):
     root_run_id: str
 
 
-class Claim(NamedTuple):
+class Claim(Struct, frozen=True, gc=False):
     """What became of a claim: `claimed` by this request, `pending` for another, or `taken` by a winner.
 
     `expected` is the value the claim has now (None while pending); `winner` is there if buffered.
@@ -88,8 +94,7 @@ class Claim(NamedTuple):
     winner: Snapshot | None = None
 
 
-@dataclass(slots=True, eq=False)
-class Item:
+class Item(Struct, eq=False):
     """One request on its way. Each step fills in its part; `outcome` ends the way.
 
     `request` and `run` are a trigger's, `operation` and `shown` (its answer) an operation's. `claim` and
@@ -109,7 +114,7 @@ class Item:
     shown: Shown | None = None
     dead_letter: DeadLetter | None = None
     claim: Claim | None = None
-    followers: list["Item"] = field(default_factory=list)
+    followers: list["Item"] = []
     follows: bool = False
     suspended: bool = False
     waits: bool = False

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
 from redis.exceptions import ResponseError
 
 from app.batch import Answer, Claim, Parent
@@ -15,6 +16,7 @@ from app.errors import (
     RunIdConflict,
     Unreachable,
 )
+from app.grouping import Grouped, grouped, in_order
 from app.keys import Keys, tenant
 from app.redis_client import Call, Scripts
 from app.settings import Settings
@@ -22,8 +24,6 @@ from schemas.snapshot import Snapshot, decode_snapshot, encode_snapshot
 
 _WAIT_MS = 2000
 _ACCEPTED, _FULL, _LOST = 1, -1, -2
-
-Grouped = dict[int, dict[str, list[int]]]
 
 
 class RedisBuffer:
@@ -44,7 +44,7 @@ class RedisBuffer:
         self, runs: Sequence[Snapshot], claims: Sequence[Claim | None]
     ) -> Sequence[Answer | RequestError]:
         """See `ports.Buffer.accept`."""
-        groups = self._group(runs)
+        groups = grouped(self._keys, runs)
         calls = []
         for partition, environments in groups.items():
             keys = [self._keys.ready(partition), self._keys.arrivals(partition), self._keys.totals(partition)]
@@ -64,7 +64,7 @@ class RedisBuffer:
             calls.append(Call("accept", [*keys, *claim_keys], arguments))
         answers = await self._run(calls)
         outcomes: list[Answer | RequestError] = [BufferUnavailable()] * len(runs)
-        for positions, answer in zip(_positions(groups), answers, strict=True):
+        for positions, answer in zip(in_order(groups), answers, strict=True):
             if isinstance(answer, ResponseError):
                 continue
             for position, result in zip(positions, answer, strict=True):
@@ -75,7 +75,7 @@ class RedisBuffer:
         self, runs: Sequence[Snapshot], reserve: Sequence[Snapshot]
     ) -> Sequence[Answer | RequestError | None]:
         """See `ports.Buffer.recall`."""
-        groups = self._group(runs)
+        groups = grouped(self._keys, runs)
         calls = self._find(groups, [run.id for run in runs])
         reservations = self._chosen("reserve", reserve)
         answers = await self._run([*calls, *(call for call, _ in reservations)])
@@ -83,7 +83,7 @@ class RedisBuffer:
             if isinstance(answer, ResponseError):
                 raise Unreachable(f"Redis: {answer}") from answer
         outcomes: list[Answer | RequestError | None] = [None] * len(runs)
-        for positions, answer in zip(_positions(groups), answers[: len(calls)], strict=True):
+        for positions, answer in zip(in_order(groups), answers[: len(calls)], strict=True):
             for position, snapshot in zip(positions, answer, strict=True):
                 if snapshot is not None:
                     outcomes[position] = _known(runs[position], decode_snapshot(snapshot))
@@ -100,12 +100,12 @@ class RedisBuffer:
 
     async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
         """See `ports.Buffer.find_parents`."""
-        groups = self._group(children)
+        groups = grouped(self._keys, children)
         answers = await self._scripts.demand(
             self._find(groups, [run.parent_run_id or "" for run in children])
         )
         parents: list[Parent | None] = [None] * len(children)
-        for positions, answer in zip(_positions(groups), answers, strict=True):
+        for positions, answer in zip(in_order(groups), answers, strict=True):
             for position, snapshot in zip(positions, answer, strict=True):
                 parent = None if snapshot is None else decode_snapshot(snapshot)
                 if parent is not None and parent.organization_id == children[position].organization_id:
@@ -147,14 +147,6 @@ class RedisBuffer:
             )
             for partition, some in by_partition.items()
         ]
-
-    def _group(self, runs: Sequence[Snapshot]) -> Grouped:
-        """Positions of runs by partition and environment, each in order."""
-        groups: Grouped = {}
-        for position, run in enumerate(runs):
-            partition = self._keys.environment(run.environment_id).partition
-            groups.setdefault(partition, {}).setdefault(run.environment_id, []).append(position)
-        return groups
 
     async def _run(self, calls: list[Call]) -> list[Any]:
         """Run calls; hold the answers back until replicas or the disk have what was written, if asked to.
@@ -207,12 +199,4 @@ def _winner(winner_id: bytes, snapshot: bytes) -> Answer:
     """The answer to a run whose key was taken by the time it came to the buffer."""
     if not snapshot:
         return Answer(winner_id.decode(), None, None, is_mollified=False, is_cached=True)
-    return answer_of(decode_snapshot(snapshot))._replace(is_cached=True)
-
-
-def _positions(groups: Grouped) -> list[list[int]]:
-    """Per partition, the positions of its runs in the order of its script's answers."""
-    return [
-        [position for positions in environments.values() for position in positions]
-        for environments in groups.values()
-    ]
+    return replace(answer_of(decode_snapshot(snapshot)), is_cached=True)

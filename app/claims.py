@@ -5,11 +5,11 @@ starts with the run id of the request, so that its next attempt takes over at on
 """
 
 import secrets
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 
 from app.batch import Claim
+from app.grouping import grouped, in_order
 from app.keys import Keys
 from app.ports import Settlement
 from app.redis_client import Call, Scripts
@@ -17,6 +17,9 @@ from app.settings import Settings
 from schemas.snapshot import Snapshot, decode_snapshot
 
 PENDING = "pending:"
+
+_CLAIMED = 1
+_PENDING = Claim("pending")
 
 
 class RedisClaims:
@@ -33,36 +36,47 @@ class RedisClaims:
     async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
         """See `ports.Claims.claim`."""
         attempt = secrets.token_hex(8)
-        tokens = [f"{run.id}:{attempt}" for run in runs]
-        groups = self._by_partition(runs)
+        lives: dict[datetime | None, int] = {}
+        groups = grouped(self._keys, runs)
         calls = []
-        for positions in groups.values():
+        for environments in groups.values():
             keys: list[str] = []
-            arguments: list[str | int] = []
-            for position in positions:
-                run = runs[position]
-                names = self._keys.environment(run.environment_id)
-                keys += (self._keys.claim(run), names.entries, names.index, names.drain)
-                arguments += (run.id, tokens[position], self._life_ms(run, now))
+            arguments: list[str | int] = [attempt]
+            for environment, positions in environments.items():
+                names = self._keys.environment(environment)
+                keys += (names.entries, names.index, names.drain)
+                arguments.append(len(positions))
+                for position in positions:
+                    run = runs[position]
+                    keys.append(self._keys.claim(run))
+                    expires_at = run.idempotency_key_expires_at
+                    if expires_at not in lives:
+                        lives[expires_at] = self._life_ms(run, now)
+                    arguments += (run.id, lives[expires_at])
             calls.append(Call("claim", keys, arguments))
-        claims: list[Claim] = [Claim("pending")] * len(runs)
-        for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):
-            for position, (state, *details) in zip(positions, answer, strict=True):
-                claims[position] = _claim(state.decode(), tokens[position], details)
+        claims: list[Claim] = [_PENDING] * len(runs)
+        for positions, answer in zip(in_order(groups), await self._scripts.demand(calls), strict=True):
+            for position, result in zip(positions, answer, strict=True):
+                if result == _CLAIMED:
+                    claims[position] = Claim("claimed", f"{PENDING}{runs[position].id}:{attempt}")
+                elif isinstance(result, list):
+                    run_id, snapshot = result
+                    winner = decode_snapshot(snapshot) if snapshot else None
+                    claims[position] = Claim("taken", run_id.decode(), winner)
         return claims
 
     async def find_winners(self, runs: Sequence[Snapshot]) -> Sequence[Snapshot | None]:
         """See `ports.Claims.find_winners`."""
         groups = self._by_partition(runs)
         calls = []
-        for positions in groups.values():
+        for positions in groups:
             keys: list[str] = []
             for position in positions:
                 names = self._keys.environment(runs[position].environment_id)
                 keys += (self._keys.claim(runs[position]), names.entries, names.index, names.drain)
             calls.append(Call("find_winners", keys, []))
         winners: list[Snapshot | None] = [None] * len(runs)
-        for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):
+        for positions, answer in zip(groups, await self._scripts.demand(calls), strict=True):
             for position, snapshot in zip(positions, answer, strict=True):
                 winners[position] = None if snapshot is None else decode_snapshot(snapshot)
         return winners
@@ -71,7 +85,7 @@ class RedisClaims:
         """See `ports.Claims.settle`."""
         groups = self._by_partition([one.run for one in settlements])
         calls = []
-        for positions in groups.values():
+        for positions in groups:
             keys: list[str] = []
             arguments: list[str | int] = []
             for position in positions:
@@ -81,7 +95,7 @@ class RedisClaims:
                 arguments += (expected, winner_id, self._life_ms(run, now) if is_own else self._shortest_ms)
             calls.append(Call("settle_claims", keys, arguments))
         ended = [False] * len(settlements)
-        for positions, answer in zip(groups.values(), await self._scripts.demand(calls), strict=True):
+        for positions, answer in zip(groups, await self._scripts.demand(calls), strict=True):
             for position, has_ended in zip(positions, answer, strict=True):
                 ended[position] = bool(has_ended)
         return ended
@@ -101,17 +115,5 @@ class RedisClaims:
         left_ms = int((run.idempotency_key_expires_at - now).total_seconds() * 1000)
         return min(max(left_ms, self._shortest_ms), self._longest_ms)
 
-    def _by_partition(self, runs: Sequence[Snapshot]) -> dict[int, list[int]]:
-        groups: defaultdict[int, list[int]] = defaultdict(list)
-        for position, run in enumerate(runs):
-            groups[self._keys.environment(run.environment_id).partition].append(position)
-        return groups
-
-
-def _claim(state: str, token: str, details: Sequence[bytes]) -> Claim:
-    if state == "claimed":
-        return Claim("claimed", expected=PENDING + token)
-    if state == "pending":
-        return Claim("pending")
-    run_id, snapshot = details
-    return Claim("taken", expected=run_id.decode(), winner=decode_snapshot(snapshot) if snapshot else None)
+    def _by_partition(self, runs: Sequence[Snapshot]) -> list[list[int]]:
+        return in_order(grouped(self._keys, runs))

@@ -6,6 +6,7 @@ answer means, is decided here, in memory.
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 from app.batch import Batch, Decision, Item, Outcome
 from app.errors import GateUnavailable
@@ -15,6 +16,9 @@ from app.store_health import StoreHealth
 from app.switches import Switches
 from app.telemetry import Telemetry
 from schemas.requests import TriggerRequest
+
+_OVER = ("per_env_rate", "global_rate")
+"""Reasons for which a request does not pass."""
 
 
 class Decide:
@@ -59,25 +63,30 @@ class Decide:
         except GateUnavailable as error:
             self._telemetry.gate_failed(error)
             for item in items:
-                item.decision = _decision(item, switches, "gate_unavailable", is_over=False)
+                item.decision = _decision(item, switches, "gate_unavailable")
             return
         left, fleet_left = dict(admission.by_environment), admission.fleet
         for item, environment in zip(items, environments, strict=True):
             if left[environment] <= 0:
-                item.decision = _decision(item, switches, "per_env_rate", is_over=True)
+                reason = "per_env_rate"
             elif fleet_left <= 0:
-                item.decision = _decision(item, switches, "global_rate", is_over=True)
+                reason = "global_rate"
             else:
-                item.decision = _decision(item, switches, "within_rate", is_over=False)
+                reason = "within_rate"
+            item.decision = _decision(item, switches, reason)
             left[environment] -= 1
             fleet_left -= 1
 
 
-def _decision(item: Item, switches: Switches, reason: str, *, is_over: bool) -> Decision:
+def _decision(item: Item, switches: Switches, reason: str) -> Decision:
     assert item.request is not None
-    enrolled = is_enrolled(item.request, switches)
-    may_divert = enrolled and not switches.shadow_mode
-    if not is_over:
+    return _decided(is_enrolled(item.request, switches), switches.shadow_mode, reason)
+
+
+@cache
+def _decided(enrolled: bool, shadow_mode: bool, reason: str) -> Decision:
+    may_divert = enrolled and not shadow_mode
+    if reason not in _OVER:
         return Decision(Outcome.PASS_THROUGH, reason, enrolled, may_divert)
     return Decision(Outcome.MOLLIFY if may_divert else Outcome.SHADOW, reason, enrolled)
 

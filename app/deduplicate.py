@@ -12,7 +12,6 @@ from app.batch import Answer, Batch, Item
 from app.decide import may_be_mollified
 from app.errors import ClaimTimedOut, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
-from app.switches import Switches
 from app.telemetry import Telemetry
 from schemas.snapshot import Snapshot
 
@@ -33,11 +32,9 @@ class Deduplicate:
         self._telemetry = telemetry
 
     async def __call__(self, batch: Batch) -> None:
-        leaders = self._leaders(batch)
+        leaders, unclaimed = self._sort(batch)
         try:
-            await self._find_winners(
-                [item for item in batch.open() if _may_find_a_winner(item, batch.switches)]
-            )
+            await self._find_winners(unclaimed)
             await self._claim(
                 [leader for leader in leaders if leader.claim is None and not leader.is_late], batch
             )
@@ -58,19 +55,26 @@ class Deduplicate:
         for item, holder in zip(late, holders, strict=True):
             item.outcome = ClaimTimedOut() if holder is None else _stored(item, holder)
 
-    def _leaders(self, batch: Batch) -> list[Item]:
-        """The first item of each key; the others follow theirs, and are open no more."""
+    def _sort(self, batch: Batch) -> tuple[list[Item], list[Item]]:
+        """The first item of each key; the others follow theirs, and are open no more. And those that claim
+        nothing, and may meet a buffered run of their key all the same: of one that is no bypass, or that came
+        before operators took the organization out, or switched to shadow mode.
+        """
         leaders: dict[tuple[str, str, str, str], Item] = {}
+        unclaimed: list[Item] = []
         for item in batch.open():
             run = item.run
-            if run is None or run.idempotency_key is None or not may_be_mollified(item, batch.switches):
+            if run is None or run.idempotency_key is None:
+                continue
+            if not may_be_mollified(item, batch.switches):
+                unclaimed.append(item)
                 continue
             key = (run.organization_id, run.environment_id, run.task, run.idempotency_key)
             leader = leaders.setdefault(key, item)
             if leader is not item:
                 item.follows = True
                 leader.followers.append(item)
-        return list(leaders.values())
+        return list(leaders.values()), unclaimed if batch.switches.enabled else []
 
     async def _find_winners(self, items: Sequence[Item]) -> None:
         """Answer who claims nothing and whose key a buffered run has; a parent waits for that one then."""
@@ -134,14 +138,6 @@ class Deduplicate:
         leader.claim = None
         self._wait([leader, *leader.followers])
         leader.followers = []
-
-
-def _may_find_a_winner(item: Item, switches: Switches) -> bool:
-    """Whether a request claims nothing, and may meet a buffered run of its key all the same: of one that is
-    no bypass, or that came before operators took the organization out, or switched to shadow mode."""
-    assert item.request is not None
-    has_key = item.request.options.idempotency_key is not None
-    return has_key and switches.enabled and not may_be_mollified(item, switches)
 
 
 def _runs(items: Sequence[Item]) -> list[Snapshot]:

@@ -8,7 +8,6 @@ Source: FastStream 0.7.8, `faststream.redis.parser.binary`.
 
 from collections.abc import Mapping
 from struct import Struct, error
-from typing import NamedTuple
 
 from app.errors import Undecodable
 
@@ -18,12 +17,8 @@ _HEAD = Struct(">HII")
 _SHORT = Struct(">H")
 
 
-class Envelope(NamedTuple):
-    """A request's body and where its reply goes."""
-
-    body: bytes
-    reply_to: str | None
-    correlation_id: str | None
+Envelope = tuple[bytes, str | None, str | None]
+"""A request's body, and where its reply goes: `reply_to` and `correlation_id`."""
 
 
 def open_envelope(fields: Mapping[bytes, bytes]) -> Envelope:
@@ -39,7 +34,7 @@ def open_envelope(fields: Mapping[bytes, bytes]) -> Envelope:
     body = fields.get(b"body")
     if body is None:
         raise Undecodable("body: the entry has no such field")
-    return Envelope(body, _text(fields, b"reply_to"), _text(fields, b"correlation_id"))
+    return body, _text(fields, b"reply_to"), _text(fields, b"correlation_id")
 
 
 def address(fields: Mapping[bytes, bytes]) -> tuple[str | None, str | None]:
@@ -81,7 +76,7 @@ def _open_faststream(data: bytes) -> Envelope:
         raise Undecodable("__data__: the FastStream message is damaged") from None
     if not position <= start <= len(data):
         raise Undecodable("__data__: the FastStream message is damaged")
-    return Envelope(data[start:], headers.get("reply_to") or None, headers.get("correlation_id") or None)
+    return data[start:], headers.get("reply_to") or None, headers.get("correlation_id") or None
 
 
 def _string(data: bytes, position: int) -> tuple[str, int]:

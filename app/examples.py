@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 from msgspec import Raw
+from msgspec.structs import replace
 
 from app import bodies, run_ids
 from app.batch import Answer, Entry, Item, Shown
@@ -81,8 +82,8 @@ _ANSWER = Answer(_ID, run_ids.span_id(_ID), None, is_mollified=False)
 REPLIES: Mapping[type, Mapping[str, bytes]] = {
     RunReply: {
         "passed_through": _reply(_ANSWER),
-        "mollified": _reply(_ANSWER._replace(is_mollified=True)),
-        "cached": _reply(_ANSWER._replace(is_cached=True)),
+        "mollified": _reply(replace(_ANSWER, is_mollified=True)),
+        "cached": _reply(replace(_ANSWER, is_cached=True)),
     },
     RunDetailsReply: {"buffered": _reply(shown=RunDetailsReply(correlation_id=None, run=_DETAILS))},
     RunListReply: {

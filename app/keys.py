@@ -49,6 +49,9 @@ from hashlib import blake2b
 from typing import Protocol
 from zlib import crc32
 
+_LONG = 128
+"""Characters of a name that is not remembered."""
+
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentKeys:
@@ -98,6 +101,7 @@ class Keys:
         self.claims = f"{namespace}:{{*}}:claim:*"
         """What all claims match; no character that a namespace may have means anything in a pattern."""
         self._remembered = lru_cache(maxsize=8_192)(self._environment)
+        self._remembered_claim = lru_cache(maxsize=4_096)(self._claim)
 
     def partition(self, text: str) -> int:
         """The partition of an environment id (or, for `chosen`, of a run id)."""
@@ -105,7 +109,7 @@ class Keys:
 
     def environment(self, environment_id: str) -> EnvironmentKeys:
         """The keys of an environment. Those with long names are not remembered: anybody can make up many."""
-        return (self._remembered if len(environment_id) <= 128 else self._environment)(environment_id)
+        return (self._environment if len(environment_id) > _LONG else self._remembered)(environment_id)
 
     def _environment(self, environment_id: str) -> EnvironmentKeys:
         partition = self.partition(environment_id)
@@ -121,9 +125,14 @@ class Keys:
 
     def claim(self, run: "Keyed") -> str:
         """The claim of a run's idempotency key; a digest, so that no two keys of any characters collide."""
-        names = (run.organization_id, run.environment_id, run.task, run.idempotency_key or "")
-        parts = "\0".join(names).encode()
-        partition = self.environment(run.environment_id).partition
+        organization, environment, task = run.organization_id, run.environment_id, run.task
+        key = run.idempotency_key or ""
+        is_long = len(organization) + len(environment) + len(task) + len(key) > 4 * _LONG
+        return (self._claim if is_long else self._remembered_claim)(organization, environment, task, key)
+
+    def _claim(self, organization_id: str, environment_id: str, task: str, key: str) -> str:
+        parts = f"{organization_id}\0{environment_id}\0{task}\0{key}".encode()
+        partition = self.environment(environment_id).partition
         return f"{self.namespace}:{{{partition}}}:claim:{blake2b(parts, digest_size=16).hexdigest()}"
 
     def ready(self, partition: int) -> str:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from msgspec.structs import replace
+
 from app.batch import Answer, Batch, Item
 from app.decide import may_be_mollified
 from app.errors import ClaimLost, RequestError, Unreachable
@@ -53,8 +55,9 @@ class Settle:
         """Followers share their leader's fate; if it failed for a reason of its own, one of them leads."""
         outcome = leader.outcome
         if isinstance(outcome, Answer):
+            cached = replace(outcome, is_cached=True)
             for follower in leader.followers:
-                follower.outcome = outcome._replace(is_cached=True)
+                follower.outcome = cached
         elif isinstance(outcome, RequestError) and outcome.retryable:
             for follower in leader.followers:
                 follower.outcome = outcome

@@ -5,6 +5,7 @@ from sys import maxsize
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from app.errors import BufferUnavailable, StoreUnavailable, Unreachable
 from tests.builders import NOW, body, entry, run
@@ -96,7 +97,7 @@ async def test_a_redelivered_request_ends_the_claim_that_its_first_attempt_left(
     request = keyed()
     (first,) = runs(await world.handle(request))
     world.claims.values["env_1", "send-email", "order-42"] = f"pending:{first[0]}:token"
-    assert runs(await world.handle(request._replace(deliveries=2))) == [first]
+    assert runs(await world.handle(replace(request, deliveries=2))) == [first]
     assert world.claims.values["env_1", "send-email", "order-42"] == first[0]
 
 
@@ -106,7 +107,7 @@ async def test_what_is_not_claimed_ends_no_claim_either(changes: dict[str, bool]
     request = keyed()
     (first,) = runs(await world.handle(request))
     world.claims.values["env_1", "send-email", "order-42"] = f"pending:{first[0]}:token"
-    await world.handle(request._replace(deliveries=2))
+    await world.handle(replace(request, deliveries=2))
     assert world.claims.values["env_1", "send-email", "order-42"] == f"pending:{first[0]}:token"
 
 

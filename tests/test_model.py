@@ -27,6 +27,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from app.batch import Claim, Entry
@@ -429,7 +430,7 @@ class Model(Machine):
 
     def _handle(self, worker: int, requests: list[Request], passes: int, fault: Fault | None) -> None:
         self.deliveries.update(request.entry.id for request in requests)
-        entries = [one.entry._replace(deliveries=self.deliveries[one.entry.id]) for one in requests]
+        entries = [replace(one.entry, deliveries=self.deliveries[one.entry.id]) for one in requests]
         self.gates[worker].passes = passes
         self._start("batch", worker, requests, fault, self.pipelines[worker].handle(entries))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
+from msgspec.structs import replace
 
 from app import run_ids
 from app.batch import Entry
@@ -176,7 +177,7 @@ async def test_g3_a_request_that_may_have_a_run_is_not_refused_while_nobody_can_
     await world.handle(first)
     world.now += timedelta(seconds=2)
     world.store.failure = StoreUnavailable()
-    (reply,) = await world.handle(first._replace(deliveries=late.get("deliveries", 2)))
+    (reply,) = await world.handle(replace(first, deliveries=late.get("deliveries", 2)))
     assert (reply["error"]["code"], reply["error"]["retryable"]) == ("store_unavailable", True)
     assert world.desk.dead == []
 
@@ -188,7 +189,7 @@ async def test_g3_a_redelivered_request_gets_the_same_run_and_reply() -> None:
         first = entry(body(options={"delay": "10m"}))
         (reply,) = await world.handle(first)
         world.gate.passes = 1 - passes
-        (again,) = await world.handle(first._replace(deliveries=2))
+        (again,) = await world.handle(replace(first, deliveries=2))
         assert again == reply
         assert reply["status"] == "DELAYED"
         assert len(world.store.rows) + len(world.buffer.runs) == 1
@@ -217,7 +218,7 @@ async def test_g3_who_was_taken_for_dead_writes_and_answers_nothing(
     first = entry(body(options=options))
     assert await world.handle(first) == []
     assert world.store.rows == {}
-    (reply,) = await world.handle(first._replace(deliveries=2))
+    (reply,) = await world.handle(replace(first, deliveries=2))
     assert list(world.store.rows) == [reply["run"]["id"]]
 
 
@@ -228,7 +229,7 @@ async def test_g3_who_was_taken_for_dead_after_it_wrote_leaves_the_answer_to_ano
     lapse_after(world, world.store, "insert", monkeypatch)
     first = entry()
     assert await world.handle(first) == []
-    (reply,) = await world.handle(first._replace(deliveries=2))
+    (reply,) = await world.handle(replace(first, deliveries=2))
     assert list(world.store.rows) == [reply["run"]["id"]]
 
 
@@ -248,7 +249,7 @@ async def test_g3_a_handled_request_is_answered_whatever_its_deadline_and_delive
     first = entry(body(deadline=(NOW + timedelta(seconds=1)).isoformat()))
     (reply,) = await world.handle(first)
     world.now = NOW + timedelta(hours=1)
-    (again,) = await world.handle(first._replace(deliveries=9))
+    (again,) = await world.handle(replace(first, deliveries=9))
     assert again == reply
 
 

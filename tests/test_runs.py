@@ -975,7 +975,7 @@ class TestHandedOutAgain:
         if place == "materialised meanwhile":
             await stage.hand_over()
         operator.silent = False
-        await operator.handle([entry._replace(deliveries=2) for entry in batch])
+        await operator.handle([replace(entry, deliveries=2) for entry in batch])
         assert {code(reply) for reply in operator.replies.values()} == {"run_details"}
         shown = (await ask(operator, "run.retrieve", run))["run"]["metadata"]
         assert (shown["n"], sorted(shown["done"])) == (count, list(range(count)))
@@ -989,7 +989,7 @@ class TestHandedOutAgain:
         with silence_after(operator.scripts, "change"):
             await operator.handle([entry])
         assert operator.replies == {}, "it was answered although nobody knew"
-        await operator.handle([entry._replace(deliveries=2)])
+        await operator.handle([replace(entry, deliveries=2)])
         assert operator.replies[entry.id]["run"]["metadata"] == {"n": 1, "done": [0]}
 
     async def test_a_change_of_a_row_of_which_nobody_knows_whether_it_was_made(
@@ -1005,7 +1005,7 @@ class TestHandedOutAgain:
         assert (await stage.row(run))["revision"] == 1
         assert operator.replies == {}
         operator.runs = runs
-        await operator.handle([entry._replace(deliveries=2)])
+        await operator.handle([replace(entry, deliveries=2)])
         assert operator.replies[entry.id]["run"]["metadata"] == {"n": 1, "done": [0]}
 
     @pytest.mark.parametrize("kind", KINDS)
@@ -1015,7 +1015,7 @@ class TestHandedOutAgain:
         entry = operator.entry(kind, ENV, ORG, run_id=friendly(run.id), **KINDS[kind])
         await operator.handle([entry])
         first = operator.replies.pop(entry.id, None)
-        await operator.handle([entry._replace(deliveries=2)])
+        await operator.handle([replace(entry, deliveries=2)])
         assert operator.replies.get(entry.id) == first
         assert len({one["options"]["run_id"] for one in operator.triggered}) == (kind == "run.replay")
 
@@ -1027,7 +1027,7 @@ class TestHandedOutAgain:
             await (stage.accept if place == "buffered" else stage.insert)(run)
         entry = operator.entry("idempotency_key.reset", ENV, ORG, task=TASK, idempotency_key="k")
         for deliveries in (1, 2):
-            await operator.handle([entry._replace(deliveries=deliveries)])
+            await operator.handle([replace(entry, deliveries=deliveries)])
             reply = operator.replies.pop(entry.id)
             if deliveries == 1 and place == "nowhere":
                 assert code(reply) == "run_not_found"
@@ -1053,7 +1053,7 @@ class TestHandedOutAgain:
         second = replace(keyed_run(), created_at=now() + timedelta(milliseconds=5))
         await (stage.insert if place == "stored" else stage.accept)(second)
         taken = await stage.take() if place == "draining" else ()
-        handling = asyncio.create_task(operator.handle([entry._replace(deliveries=2)]))
+        handling = asyncio.create_task(operator.handle([replace(entry, deliveries=2)]))
         if taken:
             await stage.drain.handle(taken)
         await handling
@@ -1239,7 +1239,7 @@ class TestUpdateMetadata:
         await stage.accept(run)
         entry = operator.entry("run.update_metadata", ENV, ORG, run_id=friendly(run.id), metadata="here")
         body = entry.fields[b"body"].replace(b'"here"', metadata)
-        await operator.handle([entry._replace(fields={**entry.fields, b"body": body})])
+        await operator.handle([replace(entry, fields={**entry.fields, b"body": body})])
         reply = operator.replies[entry.id]
         assert (taken, code(reply)) == (expected, expected or "run_details")
         await stage.drain_all()
@@ -1388,10 +1388,10 @@ class TestUpdateMetadata:
         entry = operator.entry("run.update_metadata", ENV, ORG, run_id=friendly(run.id), **both)
         runs, operator.runs = operator.runs, Runs(no_store, operator.buffered, 0.1)
         for deliveries in (1, 2):
-            await operator.handle([entry._replace(deliveries=deliveries)])
+            await operator.handle([replace(entry, deliveries=deliveries)])
             assert operator.replies == {}
         operator.runs = runs
-        await operator.handle([entry._replace(deliveries=3)])
+        await operator.handle([replace(entry, deliveries=3)])
         assert operator.replies[entry.id]["run"]["metadata"] == {"n": 1}
         assert json.loads((await stage.row(parent))["metadata"]) == {"n": 1}
 

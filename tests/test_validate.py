@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from app import run_ids
 from app.batch import Batch, Item
@@ -207,7 +208,7 @@ def test_building_twice_builds_the_same() -> None:
     one = entry(options(delay="1h", idempotency_key="k", tags=["a", "a", "b"]))
     request = decode_trigger(one.fields[b"body"], LONGEST)
     first = build_run(one, request, SETTINGS)
-    assert first == build_run(one._replace(deliveries=4), request, SETTINGS)
+    assert first == build_run(replace(one, deliveries=4), request, SETTINGS)
     assert first.tags == ("a", "b")
 
 
@@ -263,7 +264,7 @@ def test_run_ids_sort_by_time_and_differ_by_place() -> None:
 
 @given(ms=st.integers(0, 2**64 - 1), sequence=st.integers(0, 2**64 - 1))
 def test_any_entry_id_gives_an_id_and_a_time(ms: int, sequence: int) -> None:
-    one = entry(body())._replace(id=f"{ms}-{sequence}")
+    one = replace(entry(body()), id=f"{ms}-{sequence}")
     run = build_run(one, decode_trigger(one.fields[b"body"], LONGEST), SETTINGS)
     assert run_ids.is_derived(run.id)
 

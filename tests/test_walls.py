@@ -200,7 +200,7 @@ class World:
             fields["cursor"] = self.cursors.get(tenant.name) or "MDph"
         kind = fields.pop("type")
         entry = self.operator.entry(kind, tenant.environment, tenant.organization, **fields)
-        entry = entry._replace(id=f"{int(NOW.timestamp() * 1000)}-{number}")
+        entry = replace(entry, id=f"{int(NOW.timestamp() * 1000)}-{number}")
         triggered = len(self.operator.triggered)
         await self.operator.handle([entry])
         reply = self.operator.replies.get(entry.id)
@@ -282,7 +282,7 @@ async def ask(operator: Operator, kind: str, tenant: Tenant, run_id: str, number
     """Perform one operation, and look over its shoulder."""
     fields = ON_A_RUN[kind] | {"run_id": f"run_{run_id}"} if kind in ON_A_RUN else OTHERS[kind]
     entry = operator.entry(kind, tenant.environment, tenant.organization, **fields)
-    entry = entry._replace(id=f"{int(NOW.timestamp() * 1000)}-{number}")
+    entry = replace(entry, id=f"{int(NOW.timestamp() * 1000)}-{number}")
     calls: list[Call] = []
     run = operator.scripts.run
 

@@ -16,7 +16,7 @@
 local limit, wake, environments = tonumber(ARGV[1]), ARGV[2], tonumber(ARGV[3])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local answer, argument, claim_key, woken = {}, 4, 3 + 3 * environments, false
+local answer, argument, claim_key, total, woken = {}, 4, 3 + 3 * environments, 0, false
 
 for environment = 1, environments do
   local entries, index, drain = KEYS[3 * environment + 1], KEYS[3 * environment + 2], KEYS[3 * environment + 3]
@@ -70,7 +70,7 @@ for environment = 1, environments do
 
   if accepted > 0 then
     redis.call('HSET', drain, 'organization_id', organization, 'queued', queued + accepted)
-    redis.call('HINCRBY', KEYS[3], 'queued', accepted)
+    total = total + accepted
     if redis.call('ZADD', KEYS[1], 'NX', now, id) == 1 then
       local generation = string.format('%.0f', time[1] * 1000000 + time[2])
       redis.call('ZADD', KEYS[2], generation,
@@ -80,6 +80,9 @@ for environment = 1, environments do
   end
 end
 
+if total > 0 then
+  redis.call('HINCRBY', KEYS[3], 'queued', total)
+end
 if woken then
   redis.call('PUBLISH', wake, '')
 end
