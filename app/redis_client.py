@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import cache
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hiredis import pack_command
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -50,7 +50,7 @@ def connect(url: str) -> Redis:
             socket_timeout=_ANSWER_S,
             retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
         )
-        pool.connection_class = type("Connection", (_Packing, pool.connection_class), {})
+        pool.connection_class = type("Connection", (_Exchanging, pool.connection_class), {})
         pool.make_connection()  # type: ignore[no-untyped-call]
     except (TypeError, ValueError, RedisError) as error:
         raise ConfigurationError(f"REDIS_URL: {_complaint(error)}") from None
@@ -62,11 +62,40 @@ def _complaint(error: Exception) -> str:
     return f"{unknown[1]}: there is no such parameter" if unknown else str(error)
 
 
-class _Packing:
-    """A connection that packs its commands in C, as redis-py does by itself for blocking connections only.
+class _Exchanging:
+    """A connection that makes many commands of a batch one exchange: packed in C, as redis-py does by itself
+    for blocking connections only, written at once, and all answers read with one deadline, not one each.
 
-    Most of what a batch costs this process would otherwise be its arguments.
+    Most of what a batch costs this process would otherwise be its arguments and the reading of answers.
     """
+
+    if TYPE_CHECKING:  # what redis-py's connection has
+        socket_timeout: float
+        _writer: asyncio.StreamWriter
+        _parser: Any
+
+        async def disconnect(self, nowait: bool = False) -> None: ...
+
+    async def exchange(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """The answers to commands, in order; what the server refuses is a `ResponseError` among them.
+
+        Raises:
+            RedisConnectionError, RedisTimeoutError: the server did not answer.
+        """
+        packed = self.pack_commands(commands)
+        try:
+            async with asyncio.timeout(self.socket_timeout):
+                self._writer.writelines(packed)
+                await self._writer.drain()
+                read = self._parser.read_response
+                return [await read() for _ in commands]
+        except BaseException as error:
+            await self.disconnect(nowait=True)  # what it would answer next belongs to nobody
+            if isinstance(error, TimeoutError):
+                raise RedisTimeoutError("it does not answer in time") from error
+            if isinstance(error, OSError) and not isinstance(error, LOST):
+                raise RedisConnectionError(str(error)) from error
+            raise
 
     def pack_command(self, *command: Any) -> list[bytes]:
         return self.pack_commands([command])
@@ -117,23 +146,33 @@ class Scripts:
 
     async def _send(self, calls: Sequence[Call]) -> list[Any]:
         try:
-            if len(calls) == 1:
-                try:
-                    return [await self._redis.execute_command(*_command(calls[0]))]  # type: ignore[no-untyped-call]
-                except ResponseError as error:
-                    return [error]
-            async with self._redis.pipeline(transaction=False) as pipeline:
-                for call in calls:
-                    pipeline.execute_command(*_command(call))
-                answers: list[Any] = await pipeline.execute(raise_on_error=False)
+            try:
+                return await self._exchange(calls)
+            except RedisConnectionError:
+                return await self._exchange(calls)
         except LOST as error:
             raise Unreachable(f"Redis: {error}") from error
         except RuntimeError as error:  # uvloop's word for a connection that was closed under a write
             raise Unreachable(f"Redis: {error}") from error
-        for answer in answers:
+
+    async def _exchange(self, calls: Sequence[Call]) -> list[Any]:
+        pool = self._redis.connection_pool
+        connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
+        try:
+            answers: list[Any] = await connection.exchange([_command(call) for call in calls])
+        finally:
+            await pool.release(connection)
+        for position, (call, answer) in enumerate(zip(calls, answers, strict=True)):
             if isinstance(answer, LOST):
-                raise Unreachable(f"Redis: {answer}") from answer
+                raise answer
+            if call.keys is None and not isinstance(answer, ResponseError):
+                answers[position] = self._as_usual(call.name, answer)
         return answers
+
+    def _as_usual(self, name: str, answer: Any) -> Any:
+        """The answer to a plain command, in the form that redis-py gives it."""
+        callback = self._redis.response_callbacks.get(name)
+        return answer if callback is None else callback(answer)
 
     async def _load(self, names: set[str]) -> None:
         try:

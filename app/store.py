@@ -10,7 +10,7 @@ import asyncpg
 from app.batch import Answer, Parent
 from app.debounce import debounce
 from app.errors import RequestError
-from app.inserts import Hindrance, answer, copy_rows, free_keys, insert_rows, key_columns, look_up, own_answer
+from app.inserts import Hindrance, answer, copy_rows, free_keys, insert_rows, key_digest, look_up, own_answer
 from app.lost_keys import has_outlived_its_key, let_go_of_keys, without_key, without_lost_keys
 from app.ports import KeyHolder
 from app.postgres import Connection, acquire, refusal, statement
@@ -58,8 +58,11 @@ class PostgresStore:
     async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
         """See `ports.Store.look_up_keys`."""
         async with acquire(self._pool, self._timeout_s) as connection:
-            records = await connection.fetch(statement("look_up_keys"), *key_columns(runs), now)
-        return [None if record["id"] is None else KeyHolder(*record) for record in records]
+            records = await connection.fetch(statement("look_up_keys"), list(map(key_digest, runs)), now)
+        holders: list[KeyHolder | None] = [None] * len(runs)
+        for position, *holder in records:
+            holders[position - 1] = KeyHolder(*holder)
+        return holders
 
     async def recall(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:
         """See `ports.Store.recall`."""

@@ -16,6 +16,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from app.embedded import Postgres, Valkey
+from app.redis_client import connect
 from tests.processes import Workers
 from tests.producer import Producer, producing
 
@@ -79,7 +80,7 @@ def shared_redis_url(valkey: Valkey) -> str:
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[AsyncRedis]:
     """A client on an empty Redis."""
-    async with AsyncRedis.from_url(redis_url) as client:
+    async with connect(redis_url) as client:
         yield client
 
 

@@ -108,7 +108,7 @@ def of_level(level: str, findings: Mapping[str, Finding]) -> set[str]:
 @asynccontextmanager
 async def alive(redis_url: str, *kinds: str) -> AsyncIterator[None]:
     """Processes of these kinds, as far as their heartbeats tell."""
-    async with Redis.from_url(redis_url) as client:
+    async with connect(redis_url) as client:
         hearts = [
             Heartbeat(Scripts(client), KEYS, f"{kind}-{number}", 60_000, Telemetry(kind))
             for number, kind in enumerate(kinds)
@@ -190,7 +190,7 @@ class TestRedis:
     async def test_a_write_to_disk_that_failed_is_seen(self, own_valkey: StartValkey, database: str) -> None:
         server = own_valkey(dbfilename="taken.rdb", stop_writes_on_bgsave_error="no")
         (server.data_dir / "data" / "taken.rdb").mkdir()
-        async with Redis.from_url(server.url) as client:
+        async with connect(server.url) as client:
             await client.bgsave()
         findings = {}
 
@@ -204,7 +204,7 @@ class TestRedis:
     async def test_wait_aof_where_the_server_has_it(self, own_valkey: StartValkey, database: str) -> None:
         """Redis 7.0 has no WAITAOF: workers would be ready there, and never answer what is mollified."""
         server = own_valkey()
-        async with Redis.from_url(server.url) as client:
+        async with connect(server.url) as client:
             (known,) = await client.execute_command("COMMAND INFO", "WAITAOF")  # type: ignore[no-untyped-call]
         found = (await examined(server.url, database, buffer_wait_aof=1))["redis.wait_aof"]
         assert (found.level, "unknown command" in found.seen) == (
@@ -216,7 +216,7 @@ class TestRedis:
         self, own_valkey: StartValkey, database: str, partitions: int
     ) -> None:
         server = own_valkey()
-        async with Redis.from_url(server.url) as client:
+        async with connect(server.url) as client:
             settings = Settings.model_validate({"REDIS_URL": server.url})
             runs = [a_run(f"env_{number}") for number in range(40)]
             await RedisBuffer(Scripts(client), KEYS, settings).accept(runs, [None] * len(runs))
@@ -266,13 +266,13 @@ class TestRightsInRedis:
         url = await self._user(server, "~mollifier:*", "&mollifier:*", "+@all", "-multi")
         found = await examined(url, database)
         assert "could not be read: MULTI" in found["redis.commands"].seen
-        async with Redis.from_url(server.url) as client:
+        async with connect(server.url) as client:
             assert await client.dbsize() == 0
 
     async def test_nothing_is_written(self, own_valkey: StartValkey, database: str) -> None:
         server = own_valkey()
         await examined(server.url, database)
-        async with Redis.from_url(server.url) as client:
+        async with connect(server.url) as client:
             assert await client.dbsize() == 0
 
     def test_every_command_of_scripts_and_adapters_is_asked_for(self) -> None:
@@ -287,7 +287,7 @@ class TestRightsInRedis:
         assert used - names == {"MULTI", "EXEC", "WAITAOF"}  # looked at on their own
 
     async def _user(self, server: Valkey, *rules: str) -> str:
-        async with Redis.from_url(server.url) as client:
+        async with connect(server.url) as client:
             await client.execute_command("ACL SETUSER", "clerk", "on", ">secret", *rules)  # type: ignore[no-untyped-call]
         return server.url.replace("redis://", "redis://clerk:secret@")
 
@@ -487,7 +487,7 @@ class TestAway:
 
     async def test_who_is_not_let_in_is_told_so(self, own_valkey: StartValkey) -> None:
         url = own_valkey().url
-        async with Redis.from_url(url) as client:
+        async with connect(url) as client:
             await client.config_set("requirepass", "secret")
         done = run("doctor", variables={**NOBODY, "REDIS_URL": url})
         assert done.returncode == 1
@@ -566,7 +566,7 @@ class TestStart:
         assert await worker.ended() == 1
         assert worker.text().splitlines()[-1].startswith("mollifier: MOLLIFIER_BUFFER_WAIT_AOF=1, and ")
         assert "Traceback" not in worker.text()
-        async with Redis.from_url(server.url) as client:
+        async with connect(server.url) as client:
             assert await client.keys("*heartbeat*") == []
 
     async def test_servers_may_be_away_at_start(

@@ -21,7 +21,7 @@ from app.embedded import Postgres, Valkey
 from app.errors import OneTimeUseTokenUsed
 from app.keys import Keys
 from app.ports import Letter
-from app.redis_client import Scripts
+from app.redis_client import Scripts, connect
 from app.replies import RedisDesk
 from schemas.snapshot import encode_snapshot
 from tests.builders import run as a_run
@@ -237,7 +237,7 @@ async def test_a_buffered_run_is_set_aside_and_put_back(estate: Estate, admin: A
         idempotency_key="k",
         idempotency_key_expires_at=expiry,
     )
-    async with Redis.from_url(estate.redis_url(WORKER)) as client:
+    async with connect(estate.redis_url(WORKER)) as client:
         desk = RedisDesk(Scripts(client), Keys("mollifier", 16), "mollifier:triggers")
         await desk.bury([Letter(environment, "1-1", encode_snapshot(snapshot), None, "refused", "no")])
     done = run("dead-letters", "requeue", "--all", variables=estate.variables(OPERATOR, "mollifier_operator"))

@@ -11,6 +11,7 @@ import pytest
 
 from app.batch import Answer
 from app.errors import InvalidRequest, OneTimeUseTokenUsed, StoreUnavailable
+from app.inserts import key_digest
 from app.postgres import create_pool, statement
 from app.rows import Materialised, Row, status_at
 from app.settings import Settings
@@ -303,3 +304,13 @@ async def test_a_plan_made_while_tables_are_small_reads_none_of_them_as_a_whole(
     lines = "\n".join(line for (line,) in plan)
     assert "Seq Scan" not in lines
     assert "Hash" not in lines
+
+
+@pytest.mark.parametrize("key", ["key", "schlüssel \U0001f511", "a\x01\n'\"\\", "k" * 2048])
+async def test_the_digest_of_a_key_is_the_one_that_postgres_makes(pool: Pool, key: str) -> None:
+    keyed = run(idempotency_key=key)
+    made = await pool.fetchval(
+        "SELECT mollifier.key_digest($1, $2, $3, $4)",
+        *(keyed.organization_id, keyed.environment_id, keyed.task, key),
+    )
+    assert key_digest(keyed) == made
