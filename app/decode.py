@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from app.batch import Batch, DeadLetter, Item
-from app.envelope import address, open_envelope
+from app.envelope import PLAIN, address, open_envelope
 from app.errors import InvalidRequest, PayloadTooLarge, RequestError, Undecodable
 from app.nesting import MOST_LEVELS, is_deeper
 from app.settings import Settings
@@ -82,6 +82,8 @@ def _refuse_long(item: Item, body: bytes) -> None:
     if item.correlation_id is not None and len(item.correlation_id) > LONGEST_ADDRESS:
         length, item.correlation_id = len(item.correlation_id), None
         raise InvalidRequest(f"correlation_id: {length} characters are more than {LONGEST_ADDRESS}")
+    if item.entry.fields.keys() <= PLAIN:
+        return  # there is nothing beside the body but these two, whose lengths are known by now
     others = sum(map(len, item.entry.fields.values())) - len(body)
     if others > OTHERS_BYTES:
         raise PayloadTooLarge(f"beside the body: {others} bytes are more than {OTHERS_BYTES}")

@@ -11,6 +11,9 @@ from struct import Struct, error
 
 from app.errors import Undecodable
 
+PLAIN = frozenset((b"body", b"reply_to", b"correlation_id"))
+"""The fields of a plain entry."""
+
 _FASTSTREAM = b"__data__"
 _IDENTITY = b"\x89BIN\r\n\x1a\n"
 _HEAD = Struct(">HII")

@@ -43,18 +43,18 @@ keys which one script touches in one slot of a Redis Cluster.
 In `chosen` the partition is that of the run id.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Protocol
 from zlib import crc32
 
+from msgspec import Struct
+
 _LONG = 128
 """Characters of a name that is not remembered."""
 
 
-@dataclass(frozen=True, slots=True)
-class EnvironmentKeys:
+class EnvironmentKeys(Struct, frozen=True, gc=False):
     """The keys of one environment; all share the hash tag of `partition`."""
 
     partition: int
@@ -100,7 +100,7 @@ class Keys:
         self.turns = f"{namespace}:{{turns}}"
         self.claims = f"{namespace}:{{*}}:claim:*"
         """What all claims match; no character that a namespace may have means anything in a pattern."""
-        self._remembered = lru_cache(maxsize=8_192)(self._environment)
+        self._remembered = lru_cache(maxsize=16_384)(self._environment)
         self._remembered_claim = lru_cache(maxsize=4_096)(self._claim)
 
     def partition(self, text: str) -> int:

@@ -98,7 +98,7 @@ class Settings(BaseSettings):
         default=500, description="Most requests read at once by a trigger worker."
     )
     trigger_inflight_batches: Annotated[int, Field(ge=1, le=64)] = Field(
-        default=2, description="Batches that a trigger worker handles at the same time."
+        default=4, description="Batches that a trigger worker handles at the same time."
     )
     heartbeat_ttl_ms: Annotated[int, Field(ge=300, le=3_600_000)] = Field(
         default=5000, description="Silence after which a process counts as dead."

@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import pytest
+from redis.asyncio import Redis
 
 from app.batch import Answer, Parent
 from app.buffer import RedisBuffer
 from app.errors import QueueLimitExceeded, RequestError, RunIdConflict
+from app.keys import Keys
 from app.ports import Buffer, Store
+from app.settings import Settings
 from app.store import PostgresStore
 from schemas.snapshot import Snapshot
 from tests.builders import run
@@ -128,3 +131,18 @@ async def test_a_parent_is_found_in_its_childs_environment_only(
     ]
     assert await buffer.find_parents(children) == [Parent(buffered.id, 1, "root"), *[None] * 5]
     assert await any_store.find_parents(children) == [None, Parent(stored.id, 0, stored.id), *[None] * 4]
+
+
+async def test_g3_an_index_that_was_left_of_an_entry_which_is_gone_hides_no_run(
+    client: Redis, make_buffer: Callable[..., RedisBuffer]
+) -> None:
+    """Accepted again, a run is found again; and it is there once, however often it comes."""
+    buffer, mine = make_buffer(), run("env_1")
+    names = Keys("mollifier", Settings().partitions).environment("env_1")
+    (first,) = await accept(buffer, mine)
+    await client.xtrim(names.entries, maxlen=0)
+    assert await buffer.recall([mine], []) == [None]
+    assert await accept(buffer, mine) == [first]
+    assert await buffer.recall([mine], []) == [first]
+    assert await accept(buffer, mine) == [first]
+    assert await client.xlen(names.entries) == 1

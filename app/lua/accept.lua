@@ -18,6 +18,12 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local answer, argument, claim_key, total, woken = {}, 4, 3 + 3 * environments, 0, false
 
+-- The entry of a run that the buffer knows.
+local function known(entries, index, run_id)
+  local entry = redis.call('HGET', index, run_id)
+  return entry and redis.call('XRANGE', entries, entry, entry)[1]
+end
+
 for environment = 1, environments do
   local entries, index, drain = KEYS[3 * environment + 1], KEYS[3 * environment + 2], KEYS[3 * environment + 3]
   local id, organization, runs = ARGV[argument], ARGV[argument + 1], tonumber(ARGV[argument + 2])
@@ -36,34 +42,45 @@ for environment = 1, environments do
       value = redis.call('GET', claim)
     end
     local is_pending = value and string.sub(value, 1, 8) == 'pending:'
+    local is_taken = value and not is_pending and value ~= run_id
+    local is_lost = expected ~= '' and value ~= expected and value ~= run_id
+    local is_full = limit > 0 and queued + accepted >= limit
 
-    local known = redis.call('HGET', index, run_id)
-    known = known and redis.call('XRANGE', entries, known, known)[1]
-    if known then
-      answer[#answer + 1] = { '', known[2][4] }
-    elseif value and not is_pending and value ~= run_id then
-      local entry = redis.call('HGET', index, value)
-      local winner = entry and redis.call('XRANGE', entries, entry, entry)[1]
+    -- What will not be accepted may be there already. Of what will be, the index tells.
+    local own = (is_taken or is_lost or is_full or value == run_id) and known(entries, index, run_id)
+    if own then
+      answer[#answer + 1] = { '', own[2][4] }
+    elseif is_taken then
+      local winner = known(entries, index, value)
       if winner or expected == '' then
         answer[#answer + 1] = { value, winner and winner[2][4] or '' }
       else
         answer[#answer + 1] = -2
       end
-    elseif expected ~= '' and value ~= expected and value ~= run_id then
+    elseif is_lost then
       answer[#answer + 1] = -2
-    elseif limit > 0 and queued + accepted >= limit then
+    elseif is_full then
       answer[#answer + 1] = -1
     else
       local entry = redis.pcall('XADD', entries, '*', 'run_id', run_id, 'snapshot', snapshot)
       if type(entry) == 'table' then
         answer[#answer + 1] = entry.err
       else
-        redis.call('HSET', index, run_id, entry)
-        if claim and (not is_pending or value == expected) then
-          redis.call('SET', claim, run_id, 'PX', life)
+        local is_new = redis.call('HSETNX', index, run_id, entry) == 1
+        own = not is_new and known(entries, index, run_id)
+        if own then
+          redis.call('XDEL', entries, entry)
+          answer[#answer + 1] = { '', own[2][4] }
+        else
+          if not is_new then  -- the index is left of an entry that is gone
+            redis.call('HSET', index, run_id, entry)
+          end
+          if claim and (not is_pending or value == expected) then
+            redis.call('SET', claim, run_id, 'PX', life)
+          end
+          accepted = accepted + 1
+          answer[#answer + 1] = 1
         end
-        accepted = accepted + 1
-        answer[#answer + 1] = 1
       end
     end
   end
