@@ -63,6 +63,11 @@ class Drain:
             settings.drain_batch_size, settings.drain_target_latency_ms / 1000, telemetry.drain_batch_size
         )
 
+    @property
+    def batch_size(self) -> int:
+        """The most entries that a batch has now."""
+        return self._size.current
+
     async def turn(self) -> int:
         """Take one batch and materialise it; how many entries it held, 0 when there are none.
 

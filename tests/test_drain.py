@@ -4,6 +4,7 @@ Shares are counted in batches, never in time. Tests of processes are in `test_dr
 """
 
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -38,7 +39,7 @@ from tests.adapters import Pool, silence_after
 from tests.builders import run
 from tests.test_turns import alive
 from tests.waiting import eventually, stays_so
-from workers.drainer import LANES, Drainer
+from workers.drainer import GATHER_S, LANES, Drainer
 
 KEYS = Keys("mollifier", 16)
 HEAVY = 20_000
@@ -1270,6 +1271,50 @@ class TestDrainer:
 
     async def _weighs_3(self, place: Place) -> None:
         assert await place.redis.hget(f"{KEYS.turns}:weights", "gold") == b"3"
+
+    async def test_what_trickles_in_is_gathered(
+        self, place: Place, drainer: Drainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each commit would delay those that pass through."""
+        handle, sizes = drainer._drain.handle, []
+
+        async def counting(taken: Sequence[Taken]) -> int:
+            sizes.append(sum(len(one.entries) for one in taken))
+            return await handle(taken)
+
+        monkeypatch.setattr(drainer._drain, "handle", counting)
+        await drainer.start()
+        started = time.monotonic()
+        try:
+            for _ in range(150):
+                await place.accept("env_1")
+            await eventually(lambda: self._has_rows(place, 150))
+            took_s = time.monotonic() - started
+        finally:
+            await drainer.stop()
+        assert len(sizes) <= 2 + took_s / GATHER_S
+
+    async def test_a_backlog_is_not_gathered(
+        self, place: Place, drainer: Drainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pause, gathered = drainer.pause, []
+
+        async def noting(seconds: float) -> None:
+            if seconds == GATHER_S:
+                gathered.append(len(await place.rows()))
+            await pause(seconds)
+
+        monkeypatch.setattr(drainer, "pause", noting)
+        await place.accept("env_1", 4_000)
+        await drainer.start()
+        try:
+            await eventually(lambda: self._has_rows(place, 4_000))
+        finally:
+            await drainer.stop()
+        assert not [rows for rows in gathered if 0 < rows < 4_000]
+
+    async def _has_rows(self, place: Place, count: int) -> None:
+        assert len(await place.rows()) == count
 
     async def test_errors_that_nobody_expected_cost_no_lanes(
         self, place: Place, drainer: Drainer, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,11 @@ from workers.process import Loop, Process, run
 LANES = 4
 """Batches under way at once: while a statement hangs, other environments go on."""
 
+GATHER_S = 0.025
+"""While little comes in, what comes within so much time is committed at once: a commit for every few rows
+would delay those that pass through, in a storm most of all.
+"""
+
 _LISTEN_S = 1.0
 _FORGET_EVERY_S = 1.0
 _KEEP_WEIGHTS_EVERY_S = 1.0
@@ -35,6 +40,7 @@ class Drainer(Process):
         self._trouble_s = 0.0
         self._free = asyncio.Semaphore(LANES)
         self._moved = asyncio.Event()
+        self._has_plenty = False
         self._lanes: set[asyncio.Task[None]] = set()
         self._broker = RedisBroker(world.settings.redis_url, apply_types=False)
 
@@ -95,13 +101,19 @@ class Drainer(Process):
             self._trouble_s = self._backoff.delay_s()
         finally:
             self._free.release()
+            self._has_plenty |= 2 * sum(len(one.entries) for one in taken) >= self._drain.batch_size
             self._moved.set()
 
     async def _idle(self) -> None:
-        """Wait until something has become ready, or a lane has given its environments back."""
+        """Wait until something has become ready, or a lane has given its environments back; and, unless that
+        one had its hands full, for what comes next.
+        """
         with suppress(TimeoutError):
             async with asyncio.timeout(self._turns.schedule.wait_s):
                 await self._moved.wait()
+            if not self._has_plenty:
+                await self.pause(GATHER_S)
+        self._has_plenty = False
 
     async def _listen(self) -> None:
         while not self.stopping.is_set():
