@@ -3,7 +3,8 @@
 from typing import Any, NamedTuple
 
 from app.keys import Keys
-from app.redis_client import CONNECTIONS, Call
+from app.redis_client import Call
+from app.redis_connection import CONNECTIONS
 
 KINDS = ("triggers", "operations", "drainer", "sweeper")
 """One for each line of the Procfile."""

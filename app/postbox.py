@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any, Generic
 
-from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -16,7 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from app.backoff import Backoff
 from app.errors import BufferUnavailable, RequestError
 from app.read_reply import Success, correlation_id, read_reply
-from app.redis_client import connect
+from app.redis_connection import Exchanging, connect, connection_of
 
 _FIRST_RECONNECT_S, _LONGEST_RECONNECT_S = 0.05, 1.0
 _SILENCE_S = 5.0
@@ -132,12 +131,13 @@ class Postbox:
                 backoff.reset()
 
     async def _append(self, requests: Sequence[Posted[Any]]) -> None:
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for posted in requests:
-                fields: list[Any] = ["body", posted.body, "reply_to", self._channel]
-                fields += ["correlation_id", posted.correlation_id]
-                pipeline.execute_command("XADD", posted.stream, "*", *fields)
-            answers = await pipeline.execute(raise_on_error=False)
+        address = ("reply_to", self._channel, "correlation_id")
+        appends = [
+            ("XADD", posted.stream, "*", "body", posted.body, *address, posted.correlation_id)
+            for posted in requests
+        ]
+        async with connection_of(self._redis) as connection:
+            answers = await connection.exchange(appends)
         for posted, answer in zip(requests, answers, strict=True):
             if not isinstance(answer, Exception):
                 posted.doubt = ""
@@ -149,37 +149,38 @@ class Postbox:
         """Hear replies for ever; whenever the connection is lost, subscribe again."""
         backoff = Backoff(_FIRST_RECONNECT_S, _LONGEST_RECONNECT_S)
         while True:
-            pubsub = self._redis.pubsub()
             try:
-                await pubsub.subscribe(self._channel)
-                await self._hear(pubsub, backoff)
+                async with connection_of(self._redis) as connection:
+                    try:
+                        await self._hear(connection, backoff)
+                    finally:
+                        self._listening.clear()
+                        await connection.disconnect(nowait=True)  # nobody else has a use for a subscriber
             except Exception as error:
                 self._trouble = f"Redis: {_words(error)}"
-            finally:
-                self._listening.clear()
-                await pubsub.aclose()  # type: ignore[no-untyped-call]
             await asyncio.sleep(backoff.delay_s())
 
-    async def _hear(self, pubsub: PubSub, backoff: Backoff) -> None:
+    async def _hear(self, connection: Exchanging, backoff: Backoff) -> None:
         """Take replies until the connection is lost, or has been silent although it was asked."""
+        (subscribed,) = await connection.exchange([("SUBSCRIBE", self._channel)])
+        if isinstance(subscribed, Exception):
+            raise subscribed
+        await self._redis.ping()  # a Redis that still loads its data takes subscriptions, nothing else
+        self._doubt(self._waiting.values(), "the connection was lost, and with it perhaps the reply")
+        self._listening.set()
         is_asked = False
         while True:
-            message = await pubsub.get_message(timeout=_SILENCE_S)
-            if message is None:
-                if is_asked:
-                    raise RedisTimeoutError("it does not answer")
-                await pubsub.ping()
-            is_asked = message is None
-            if message is not None and message["type"] == "subscribe":
-                await (
-                    self._redis.ping()
-                )  # a Redis that still loads its data takes subscriptions, nothing else
-                self._doubt(self._waiting.values(), "the connection was lost, and with it perhaps the reply")
-                self._listening.set()
-            elif message is not None:
+            heard = await connection.hear(_SILENCE_S)
+            if heard:
                 backoff.reset()  # not before: a reply that breaks the connection would break it at once again
-                if message["type"] == "message":
-                    self._take(message["data"])
+            elif is_asked:
+                raise RedisTimeoutError("it does not answer")
+            else:
+                await connection.send_command("PING")
+            is_asked = not heard
+            for kind, *_, content in heard:
+                if kind == b"message":
+                    self._take(content)
 
     def _take(self, message: bytes) -> None:
         posted = self._waiting.get(correlation_id(message) or "")

@@ -1,107 +1,27 @@
-"""Connections to Redis, and scripts run in as few round trips as there can be.
+"""Scripts run in as few round trips as there can be; and patience for who only reads a stream.
 
 Errors are translated here, once: a server that answers with an error refused; one that does not
 answer is `Unreachable`, and what it did is not known.
 """
 
 import asyncio
-import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from hashlib import sha1
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from hiredis import pack_command
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, RedisError, ResponseError
-from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.exceptions import NoScriptError, ResponseError
 
 from app.backoff import Backoff
-from app.errors import ConfigurationError, Unreachable
+from app.errors import Unreachable
+from app.redis_connection import LOST, connection_of
 
-LOST = (RedisConnectionError, RedisTimeoutError, OSError)
-
-CONNECTIONS = 32
-_CONNECT_S = 2.0
-_ANSWER_S = 5.0
 _READ_AGAIN_S = 0.05
 _READ_AGAIN_LONGEST_S = 1.0
-
-
-def connect(url: str) -> Redis:
-    """A client for commands that do not block. Connects lazily; a cut connection is tried once more.
-
-    Every parameter of the URL is an option of redis-py's connections: `rediss://...?ssl_ca_certs=FILE`.
-
-    Raises:
-        ConfigurationError: there is no such option.
-    """
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            protocol=2,
-            timeout=_ANSWER_S,
-            socket_connect_timeout=_CONNECT_S,
-            socket_timeout=_ANSWER_S,
-            retry=Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
-        )
-        pool.connection_class = type("Connection", (_Exchanging, pool.connection_class), {})
-        pool.make_connection()  # type: ignore[no-untyped-call]
-    except (TypeError, ValueError, RedisError) as error:
-        raise ConfigurationError(f"REDIS_URL: {_complaint(error)}") from None
-    return Redis.from_pool(pool)
-
-
-def _complaint(error: Exception) -> str:
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    return f"{unknown[1]}: there is no such parameter" if unknown else str(error)
-
-
-class _Exchanging:
-    """A connection that makes many commands of a batch one exchange: packed in C, as redis-py does by itself
-    for blocking connections only, written at once, and all answers read with one deadline, not one each.
-
-    Most of what a batch costs this process would otherwise be its arguments and the reading of answers.
-    """
-
-    if TYPE_CHECKING:  # what redis-py's connection has
-        socket_timeout: float
-        _writer: asyncio.StreamWriter
-        _parser: Any
-
-        async def disconnect(self, nowait: bool = False) -> None: ...
-
-    async def exchange(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
-        """The answers to commands, in order; what the server refuses is a `ResponseError` among them.
-
-        Raises:
-            RedisConnectionError, RedisTimeoutError: the server did not answer.
-        """
-        packed = self.pack_commands(commands)
-        try:
-            async with asyncio.timeout(self.socket_timeout):
-                self._writer.writelines(packed)
-                await self._writer.drain()
-                read = self._parser.read_response
-                return [await read() for _ in commands]
-        except BaseException as error:
-            await self.disconnect(nowait=True)  # what it would answer next belongs to nobody
-            if isinstance(error, TimeoutError):
-                raise RedisTimeoutError("it does not answer in time") from error
-            if isinstance(error, OSError) and not isinstance(error, LOST):
-                raise RedisConnectionError(str(error)) from error
-            raise
-
-    def pack_command(self, *command: Any) -> list[bytes]:
-        return self.pack_commands([command])
-
-    def pack_commands(self, commands: Iterable[Sequence[Any]]) -> list[bytes]:
-        return [b"".join(pack_command((*name.split(), *arguments)) for name, *arguments in commands)]
 
 
 class Call(NamedTuple):
@@ -146,22 +66,18 @@ class Scripts:
 
     async def _send(self, calls: Sequence[Call]) -> list[Any]:
         try:
-            try:
-                return await self._exchange(calls)
-            except RedisConnectionError:
-                return await self._exchange(calls)
+            retry = self._redis.get_retry()
+            assert retry is not None
+            answers: list[Any] = await retry.call_with_retry(lambda: self._exchange(calls), _give_up)
+            return answers
         except LOST as error:
             raise Unreachable(f"Redis: {error}") from error
         except RuntimeError as error:  # uvloop's word for a connection that was closed under a write
             raise Unreachable(f"Redis: {error}") from error
 
     async def _exchange(self, calls: Sequence[Call]) -> list[Any]:
-        pool = self._redis.connection_pool
-        connection: Any = await pool.get_connection()  # type: ignore[no-untyped-call]
-        try:
-            answers: list[Any] = await connection.exchange([_command(call) for call in calls])
-        finally:
-            await pool.release(connection)
+        async with connection_of(self._redis) as connection:
+            answers = await connection.exchange([_command(call) for call in calls])
         for position, (call, answer) in enumerate(zip(calls, answers, strict=True)):
             if isinstance(answer, LOST):
                 raise answer
@@ -180,6 +96,10 @@ class Scripts:
                 await self._redis.script_load(_script(name)[0])
         except LOST as error:
             raise Unreachable(f"Redis: {error}") from error
+
+
+async def _give_up(error: Exception) -> None:
+    """Of a connection that failed: it is closed already."""
 
 
 def _command(call: Call) -> tuple[Any, ...]:

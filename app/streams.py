@@ -9,7 +9,8 @@ from redis.exceptions import RedisError, ResponseError
 from app.batch import Entry
 from app.errors import BufferUnavailable, Unreachable
 from app.keys import Keys
-from app.redis_client import LOST, Call, Scripts
+from app.redis_client import Call, Scripts
+from app.redis_connection import LOST
 
 _ORPHANED_MS = 1000
 """How long an entry of our own may be pending without being held before it counts as lost on the way here."""

@@ -5,7 +5,7 @@ import asyncio
 from redis.asyncio import Redis
 
 from app.keys import Keys
-from app.redis_client import LOST
+from app.redis_connection import LOST
 
 
 class Wake:

@@ -25,7 +25,8 @@ from app.operations.scene import Scene
 from app.operator_settings import OperatorNews
 from app.pipeline import Pipeline
 from app.postgres import create_pool
-from app.redis_client import Scripts, connect
+from app.redis_client import Scripts
+from app.redis_connection import connect
 from app.replies import RedisDesk
 from app.runs import Runs
 from app.settings import Settings

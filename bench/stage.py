@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from app.embedded import Postgres, Valkey
 from app.migrate import migrate
-from app.redis_client import connect
+from app.redis_connection import connect
 from bench.process import Process, cpu_s, until
 
 VALKEY_OPTIONS = {"appendonly": "yes", "appendfsync": "everysec", "auto-aof-rewrite-percentage": "0"}

@@ -22,7 +22,8 @@ from app.operate import Operate
 from app.operations import TABLE
 from app.operations.scene import Scene
 from app.postgres import create_pool
-from app.redis_client import Call, Scripts, connect
+from app.redis_client import Call, Scripts
+from app.redis_connection import connect
 from app.replies import RedisDesk
 from app.runs import Runs
 from app.settings import Settings

@@ -16,7 +16,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from app.embedded import Postgres, Valkey
-from app.redis_client import connect
+from app.redis_connection import connect
 from tests.processes import Workers
 from tests.producer import Producer, producing
 

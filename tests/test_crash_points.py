@@ -18,7 +18,7 @@ from app.operate import Operate
 from app.operations import scene as stage
 from app.pipeline import Pipeline
 from app.postgres import create_pool
-from app.redis_client import connect
+from app.redis_connection import connect
 from app.runs import Runs
 from app.schedule import Schedule
 from app.settings import Settings

@@ -28,7 +28,8 @@ from app.heartbeat import Heartbeat
 from app.keys import Keys
 from app.migrate import migrate
 from app.postgres import create_pool
-from app.redis_client import Scripts, connect
+from app.redis_client import Scripts
+from app.redis_connection import connect
 from app.settings import Settings
 from app.telemetry import Telemetry
 from schemas.diagnosis import Diagnosis, Finding

@@ -21,7 +21,8 @@ from app.buffer import RedisBuffer
 from app.embedded import Postgres
 from app.keys import Keys
 from app.postgres import create_pool
-from app.redis_client import Scripts, connect
+from app.redis_client import Scripts
+from app.redis_connection import connect
 from app.settings import Settings
 from schemas.snapshot import Snapshot, encode_snapshot
 from tests.adapters import Pool

@@ -6,7 +6,8 @@ from redis.asyncio import Redis
 from app.errors import GateUnavailable
 from app.gate import RedisGate
 from app.keys import Keys
-from app.redis_client import Scripts, connect
+from app.redis_client import Scripts
+from app.redis_connection import connect
 from app.settings import Settings
 from app.switches import Rate
 

@@ -21,7 +21,8 @@ from app.embedded import Postgres, Valkey
 from app.errors import OneTimeUseTokenUsed
 from app.keys import Keys
 from app.ports import Letter
-from app.redis_client import Scripts, connect
+from app.redis_client import Scripts
+from app.redis_connection import connect
 from app.replies import RedisDesk
 from schemas.snapshot import encode_snapshot
 from tests.builders import run as a_run

@@ -39,7 +39,8 @@ from app.errors import (
 )
 from app.keys import Keys
 from app.ports import Taken
-from app.redis_client import Call, Scripts, connect
+from app.redis_client import Call, Scripts
+from app.redis_connection import connect
 from app.replies import RedisDesk
 from app.rows import Materialised, Row
 from app.runs import Runs, StoredRun, Tenancy

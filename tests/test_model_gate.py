@@ -23,7 +23,8 @@ from hypothesis.stateful import initialize, precondition, rule
 from app.buffer import RedisBuffer
 from app.gate import RedisGate
 from app.keys import Keys
-from app.redis_client import Scripts, connect
+from app.redis_client import Scripts
+from app.redis_connection import connect
 from app.settings import Settings
 from app.turns import RedisTurns
 from tests.builders import START_MS, run

@@ -32,7 +32,8 @@ from app.errors import RequestError, RunBusy, StoreUnavailable, Unreachable
 from app.keys import Keys
 from app.ports import Taken
 from app.postgres import create_pool, statement
-from app.redis_client import Call, Scripts, connect
+from app.redis_client import Call, Scripts
+from app.redis_connection import connect
 from app.rows import Row
 from app.run_ids import friendly
 from app.runs import BufferedRun, Runs, StoredRun, Tenancy

@@ -23,7 +23,8 @@ from app.gate import RedisGate
 from app.heartbeat import Heartbeat
 from app.keys import Keys
 from app.postgres import create_pool
-from app.redis_client import Scripts, connect
+from app.redis_client import Scripts
+from app.redis_connection import connect
 from app.settings import Settings
 from app.status import environments
 from app.status.environments import read_gate

@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from app.batch import Answer
-from app.errors import InvalidRequest, OneTimeUseTokenUsed, StoreUnavailable
+from app.errors import InvalidRequest, OneTimeUseTokenUsed, RunIdConflict, StoreUnavailable
 from app.inserts import key_digest
 from app.postgres import create_pool, statement
 from app.rows import Materialised, Row, status_at
@@ -19,8 +19,15 @@ from app.store import PostgresStore
 from schemas.snapshot import Snapshot
 from tests.adapters import Pool
 from tests.builders import run
+from tests.test_runs import statements
 
 NOW = datetime.now(UTC)
+LARGE = 60
+"""Rows that are copied."""
+ALIAS_WITH_TOKEN = (
+    "INSERT INTO mollifier.run_aliases (id, run_id, environment_id, one_time_use_token)"
+    " VALUES ('x', $1, 'env_1', 't')"
+)
 
 FULL: dict[str, Any] = {
     "environment_type": "STAGING",
@@ -274,6 +281,51 @@ async def test_g7_a_refused_run_does_not_end_the_wait_for_anothers(store: Postgr
     (result,) = await store.materialise([Row(run("env_2", id=child.id), "SYSTEM_FAILURE")], NOW)
     assert result.result == "refused"
     assert await waitpoints(pool) == {(child.id, "parent", "env_1", "PENDING")}
+
+
+async def test_a_large_batch_is_copied(store: PostgresStore, pool: Pool) -> None:
+    await store.insert([run(**FULL)], NOW)
+    runs = [run(payload=b'{"n": %d}' % number, tags=("a",)) for number in range(LARGE)]
+    with statements() as given:
+        outcomes = await store.insert(runs, NOW)
+    assert [query for query, _ in given if "INSERT" in query] == []
+    assert outcomes == [Answer(one.id, one.span_id, None, is_mollified=False) for one in runs]
+    rows = await pool.fetch("SELECT id, payload, tags, status FROM mollifier.runs WHERE tags = $1", ["a"])
+    assert {tuple(map(str, row)) for row in rows} == {
+        (one.id, str(one.payload), "['a']", "QUEUED") for one in runs
+    }
+
+
+async def test_g3_g4_g12_what_is_in_the_way_of_a_large_batch_disturbs_nobody(
+    store: PostgresStore, pool: Pool
+) -> None:
+    known, winner, used = run(), run(idempotency_key="k"), run()
+    await store.insert([known, winner, used], NOW)
+    await pool.execute(ALIAS_WITH_TOKEN, used.id)
+    special = {
+        3: known,
+        7: run(idempotency_key="k"),
+        11: run(metadata=b'{"a": "\\u0000"}'),
+        12: run("env_2", id=known.id),
+    }
+    runs = [special.get(number) or run() for number in range(LARGE)]
+    for one in (runs, [*runs[:-1], run(one_time_use_token="t")]):
+        outcomes = await store.insert(one, NOW)
+        assert outcomes[3] == Answer(known.id, known.span_id, None, is_mollified=False)
+        assert outcomes[7] == Answer(winner.id, winner.span_id, None, is_mollified=False, is_cached=True)
+        assert isinstance(outcomes[11], InvalidRequest)
+        assert isinstance(outcomes[12], RunIdConflict)
+    assert isinstance(outcomes[-1], OneTimeUseTokenUsed)
+    assert await pool.fetchval("SELECT count(*) FROM mollifier.runs") == LARGE - len(special) + 3
+
+
+async def test_g12_a_token_of_an_alias_is_used_up_for_a_large_batch(store: PostgresStore, pool: Pool) -> None:
+    """Of which nothing in the table of runs itself would be in the way."""
+    winner = run()
+    await store.insert([winner], NOW)
+    await pool.execute(ALIAS_WITH_TOKEN, winner.id)
+    outcomes = await store.insert([run(one_time_use_token="t"), *(run() for _ in range(LARGE))], NOW)
+    assert [type(outcome) for outcome in outcomes] == [OneTimeUseTokenUsed] + [Answer] * LARGE
 
 
 async def waitpoints(pool: Pool) -> set[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ import pytest
 from app.client import Mollifier
 from app.embedded import Postgres, Valkey
 from app.errors import ConfigurationError
-from app.redis_client import connect
+from app.redis_connection import connect
 from tests.processes import TRIPS_AT_TWO, Workers
 from tests.producer import new_environment, request
 from tests.test_cli import environ, run

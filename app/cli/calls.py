@@ -43,7 +43,7 @@ def call(ask: Callable[["Mollifier"], Awaitable[Result]], *, as_json: bool) -> R
 async def _call(ask: Callable[["Mollifier"], Awaitable[Result]]) -> Result:
     from app.cli.complaints import reaching
     from app.client import Mollifier
-    from app.redis_client import connect
+    from app.redis_connection import connect
     from app.settings import Settings
 
     settings = Settings.load()

@@ -160,7 +160,8 @@ async def _opened() -> AsyncIterator["DeadLetters"]:
     from app.cli.complaints import reaching
     from app.dead_letters import DeadLetters
     from app.keys import Keys
-    from app.redis_client import Scripts, connect
+    from app.redis_client import Scripts
+    from app.redis_connection import connect
     from app.settings import Settings
 
     settings = Settings.load()

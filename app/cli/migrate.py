@@ -37,7 +37,7 @@ async def _create_groups(settings: "Settings") -> list[str]:
     from redis.exceptions import ResponseError
 
     from app.keys import Keys
-    from app.redis_client import connect
+    from app.redis_connection import connect
 
     keys = Keys(settings.namespace, settings.partitions)
     created = []

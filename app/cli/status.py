@@ -128,7 +128,7 @@ def _leaving(leave: Callable[[], object]) -> Iterator[None]:
 async def _lookout() -> "AsyncIterator[Lookout]":
     from app.keys import Keys
     from app.postgres import create_pool
-    from app.redis_client import connect
+    from app.redis_connection import connect
     from app.settings import Settings
     from app.status.look import LIMIT_S, Lookout
 

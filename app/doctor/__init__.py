@@ -12,7 +12,7 @@ from app.doctor import fleet_checks, postgres_checks, redis_checks, redis_data, 
 from app.doctor.examination import LIMIT_S, POSTGRES, REDIS, Check, Patient, examine
 from app.keys import Keys
 from app.postgres import create_pool
-from app.redis_client import connect
+from app.redis_connection import connect
 from app.settings import Settings
 from schemas.diagnosis import Diagnosis, Finding, Level
 

@@ -12,7 +12,7 @@ from redis.exceptions import NoPermissionError, ResponseError
 from app.doctor.examination import Patient, Unreadable, Verdict
 from app.errors import Unreachable
 from app.keys import Keys
-from app.redis_client import LOST
+from app.redis_connection import LOST
 
 Command = tuple[str | int, ...]
 
