@@ -36,7 +36,7 @@ class RedisClaims:
     async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
         """See `ports.Claims.claim`."""
         attempt = secrets.token_hex(8)
-        lives: dict[datetime | None, int] = {}
+        lives: dict[datetime, int] = {}
         groups = grouped(self._keys, runs)
         calls = []
         for environments in groups.values():
@@ -49,10 +49,7 @@ class RedisClaims:
                 for position in positions:
                     run = runs[position]
                     keys.append(self._keys.claim(run))
-                    expires_at = run.idempotency_key_expires_at
-                    if expires_at not in lives:
-                        lives[expires_at] = self._life_ms(run, now)
-                    arguments += (run.id, lives[expires_at])
+                    arguments += (run.id, self._life_ms(run, now, lives))
             calls.append(Call("claim", keys, arguments))
         claims: list[Claim] = [_PENDING] * len(runs)
         for positions, answer in zip(in_order(groups), await self._scripts.demand(calls), strict=True):
@@ -83,16 +80,19 @@ class RedisClaims:
 
     async def settle(self, settlements: Sequence[Settlement], now: datetime) -> Sequence[bool]:
         """See `ports.Claims.settle`."""
+        lives: dict[datetime, int] = {}
         groups = self._by_partition([one.run for one in settlements])
         calls = []
         for positions in groups:
             keys: list[str] = []
             arguments: list[str | int] = []
             for position in positions:
-                run, expected, winner_id = settlements[position]
-                keys.append(self._keys.claim(run))
-                is_own = winner_id == run.id
-                arguments += (expected, winner_id, self._life_ms(run, now) if is_own else self._shortest_ms)
+                one = settlements[position]
+                keys.append(self._keys.claim(one.run))
+                life_ms = self._shortest_ms
+                if one.winner_id == one.run.id:
+                    life_ms = self._life_ms(one.run, now, lives)
+                arguments += (one.expected, one.winner_id, life_ms)
             calls.append(Call("settle_claims", keys, arguments))
         ended = [False] * len(settlements)
         for positions, answer in zip(groups, await self._scripts.demand(calls), strict=True):
@@ -109,11 +109,14 @@ class RedisClaims:
         """See `scene.KeyHolders.end`."""
         await self._scripts.demand([Call("settle_claims", [self._keys.claim(run)], [run_id, "", 1])])
 
-    def _life_ms(self, run: Snapshot, now: datetime) -> int:
+    def _life_ms(self, run: Snapshot, now: datetime, known: dict[datetime, int]) -> int:
         """How long a claim may live: as long as its key, within the bounds of the settings."""
-        assert run.idempotency_key_expires_at is not None
-        left_ms = int((run.idempotency_key_expires_at - now).total_seconds() * 1000)
-        return min(max(left_ms, self._shortest_ms), self._longest_ms)
+        expires_at = run.idempotency_key_expires_at
+        assert expires_at is not None
+        if expires_at not in known:
+            left_ms = int((expires_at - now).total_seconds() * 1000)
+            known[expires_at] = min(max(left_ms, self._shortest_ms), self._longest_ms)
+        return known[expires_at]
 
     def _by_partition(self, runs: Sequence[Snapshot]) -> list[list[int]]:
         return in_order(grouped(self._keys, runs))

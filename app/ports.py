@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol
 
+from msgspec import Struct
+
 from app.batch import Answer, Claim, Item, Parent
 from app.errors import RequestError
 from app.rows import Materialised, Row
@@ -80,7 +82,7 @@ class Reservations(Protocol):
         ...
 
 
-class Settlement(NamedTuple):
+class Settlement(Struct, frozen=True, gc=False):
     """The end of a claim that has the value `expected`: published with a run id, or released with ''.
 
     `pending:<run id>:` is expected of a claim of any attempt of that run.

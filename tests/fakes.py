@@ -144,7 +144,7 @@ class FakeClaims:
         return [self._settle(settlement) for settlement in settlements]
 
     def _settle(self, settlement: Settlement) -> bool:
-        run, expected, winner_id = settlement
+        run, expected, winner_id = settlement.run, settlement.expected, settlement.winner_id
         value = self.values.get(_key(run), "")
         if not (value.startswith(expected) if expected.endswith(":") else value == expected):
             return False
