@@ -20,6 +20,7 @@ from app.backoff import Backoff
 from app.errors import Unreachable
 from app.redis_connection import LOST, connection_of
 
+_WAITING = ("WAIT", "WAITAOF")
 _READ_AGAIN_S = 0.05
 _READ_AGAIN_LONGEST_S = 1.0
 
@@ -39,17 +40,30 @@ class Scripts:
         self._redis = redis
 
     async def run(self, calls: Sequence[Call]) -> list[Any]:
-        """Run calls in one round trip; per call, in order, its answer or the server's `ResponseError`.
+        """Run calls in one round trip; per call, in order, its answer or the server's `ResponseError`: it has
+        refused that one, and done nothing for it.
 
         Raises:
-            Unreachable: the server did not answer.
+            Unreachable: the server did not answer; or it refused, asked again, what it may have done before.
         """
         if not calls:
             return []
         answers = await self._send(calls)
-        if any(isinstance(answer, NoScriptError) for answer in answers):
-            await self._load({call.name for call in calls if call.keys is not None})
-            answers = await self._send(calls)
+        missing = {
+            call.name
+            for call, answer in zip(calls, answers, strict=True)
+            if isinstance(answer, NoScriptError)
+        }
+        if missing:
+            await self._load(missing)
+            # What was done is not done again: it might be refused this time. But what waits, waits for all.
+            again = [
+                position
+                for position, (call, answer) in enumerate(zip(calls, answers, strict=True))
+                if isinstance(answer, NoScriptError) or call.name in _WAITING
+            ]
+            for position, answer in zip(again, await self._send([calls[one] for one in again]), strict=True):
+                answers[position] = answer
         return answers
 
     async def demand(self, calls: Sequence[Call]) -> list[Any]:
@@ -65,15 +79,23 @@ class Scripts:
         return answers
 
     async def _send(self, calls: Sequence[Call]) -> list[Any]:
+        failed: list[Exception] = []
+
+        async def note(error: Exception) -> None:
+            failed.append(error)
+
+        retry = self._redis.get_retry()
+        assert retry is not None
         try:
-            retry = self._redis.get_retry()
-            assert retry is not None
-            answers: list[Any] = await retry.call_with_retry(lambda: self._exchange(calls), _give_up)
-            return answers
+            answers: list[Any] = await retry.call_with_retry(lambda: self._exchange(calls), note)
         except LOST as error:
             raise Unreachable(f"Redis: {error}") from error
         except RuntimeError as error:  # uvloop's word for a connection that was closed under a write
             raise Unreachable(f"Redis: {error}") from error
+        for answer in answers if failed else ():
+            if isinstance(answer, ResponseError):
+                raise Unreachable(f"Redis: {answer}, asked again after: {failed[0]}") from answer
+        return answers
 
     async def _exchange(self, calls: Sequence[Call]) -> list[Any]:
         async with connection_of(self._redis) as connection:
@@ -96,10 +118,6 @@ class Scripts:
                 await self._redis.script_load(_script(name)[0])
         except LOST as error:
             raise Unreachable(f"Redis: {error}") from error
-
-
-async def _give_up(error: Exception) -> None:
-    """Of a connection that failed: it is closed already."""
 
 
 def _command(call: Call) -> tuple[Any, ...]:

@@ -1,17 +1,24 @@
 """One exchange for many commands: its answers are its own, whatever happens to it. G1."""
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError, ResponseError
 
-from app.errors import Unreachable
+from app.batch import Answer
+from app.buffer import RedisBuffer
+from app.errors import BufferUnavailable, Unreachable
+from app.keys import Keys
 from app.redis_client import Call, Scripts
 from app.redis_connection import connect, connection_of
+from app.settings import Settings
+from tests.builders import run
 from tests.waiting import eventually
 
 
@@ -78,4 +85,63 @@ async def test_a_connection_that_was_cut_is_tried_again_as_often_as_the_client_m
     outcome = await asyncio.gather(scripts.run(appends), return_exceptions=True)
     assert isinstance(outcome[0], list) == survives
     assert await client.xlen("stream") == 1 + survives
+    await own.aclose()
+
+
+class Forgetful(Scripts):
+    """Does what it is asked, but says of the first call that its script is not there; once."""
+
+    asked: list[list[str]]
+
+    async def _send(self, calls: Sequence[Call]) -> list[Any]:
+        if self.asked:
+            self.asked.append([call.name for call in calls])
+            return await super()._send(calls)
+        self.asked.append([call.name for call in calls])
+        return [NoScriptError("No matching script."), *await super()._send(calls[1:])]
+
+
+async def test_what_was_done_is_not_done_again_for_a_script_that_was_not_there(client: Redis) -> None:
+    """Another process may load it between two calls of one exchange; done again, a call might be refused."""
+    scripts = Forgetful(client)
+    scripts.asked = []
+    call = Call("enlist", ["processes"], ["triggers me", 1000])
+    answers = await scripts.run([call, command("RPUSH", "list", 1), command("WAIT", 0, 100)])
+    assert scripts.asked == [["enlist", "RPUSH", "WAIT"], ["enlist", "WAIT"]]
+    assert answers[1:] == [1, 0]
+    assert not isinstance(answers[0], Exception)
+    assert await client.llen("list") == 1
+
+
+async def test_g2_what_was_done_before_the_connection_broke_is_not_said_to_be_refused(
+    client: Redis, redis_url: str
+) -> None:
+    """There is no memory left by the time that it is asked for again: it is not known, or found."""
+    own, mine, late = connect(redis_url), run(), run()
+    scripts = Scripts(own)
+    buffer = RedisBuffer(scripts, Keys("mollifier", 16), Settings.model_validate({}))
+    await buffer.accept([run()], [None])
+    await buffer.accept([mine], [None])
+    async with connection_of(own) as connection:
+        exchange = connection.exchange
+
+        async def cut_once(commands: list[tuple[object, ...]]) -> list[object]:
+            connection.__dict__.pop("exchange")
+            await exchange(commands)
+            await client.config_set("maxmemory", "1")
+            await connection.disconnect(nowait=True)
+            raise RedisConnectionError
+
+        connection.__dict__["exchange"] = cut_once
+    try:
+        with pytest.raises(Unreachable, match="asked again"):
+            await scripts.run([command("SET", "done", 1)])
+        known = Answer(mine.id, mine.span_id, None, is_mollified=True)
+        found, refused = await buffer.accept([mine, late], [None, None])
+        assert found == known
+        assert isinstance(refused, BufferUnavailable)
+    finally:
+        await client.config_set("maxmemory", "0")
+    assert await client.get("done") == b"1"
+    assert await buffer.recall([mine, late], []) == [known, None]
     await own.aclose()

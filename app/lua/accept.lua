@@ -46,7 +46,7 @@ for environment = 1, environments do
     local is_lost = expected ~= '' and value ~= expected and value ~= run_id
     local is_full = limit > 0 and queued + accepted >= limit
 
-    -- What will not be accepted may be there already. Of what will be, the index tells.
+    -- What is not to be accepted, or cannot be, may be there already. Of the others the index tells.
     local own = (is_taken or is_lost or is_full or value == run_id) and known(entries, index, run_id)
     if own then
       answer[#answer + 1] = { '', own[2][4] }
@@ -64,7 +64,8 @@ for environment = 1, environments do
     else
       local entry = redis.pcall('XADD', entries, '*', 'run_id', run_id, 'snapshot', snapshot)
       if type(entry) == 'table' then
-        answer[#answer + 1] = entry.err
+        own = known(entries, index, run_id)
+        answer[#answer + 1] = own and { '', own[2][4] } or entry.err
       else
         local is_new = redis.call('HSETNX', index, run_id, entry) == 1
         own = not is_new and known(entries, index, run_id)

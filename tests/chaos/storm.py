@@ -42,6 +42,8 @@ SETTINGS = {
     "MOLLIFIER_MAX_TAGS": 50,
 }
 
+_GONE_MS = 3_000
+"""A consumer that lives reads every second."""
 _FINISH_S = 90.0
 _QUIET_S = 60.0
 
@@ -182,6 +184,11 @@ async def _becomes_quiet(scene: Scene) -> bool:
                 await redis.xlen("mollifier:triggers"),
                 await redis.xlen("mollifier:operations"),
                 *[1 for pattern in ("claim", "entries", "chosen") async for _ in _keys(redis, pattern)],
+                *[
+                    consumer["idle"] > _GONE_MS  # who was killed is dropped by the sweeper
+                    for stream in ("mollifier:triggers", "mollifier:operations")
+                    for consumer in await redis.xinfo_consumers(stream, "mollifier")
+                ],
             ]
             if not any(left):
                 return True
