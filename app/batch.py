@@ -100,7 +100,8 @@ class Item(Struct, eq=False):
     `request` and `run` are a trigger's, `operation` and `shown` (its answer) an operation's. `claim` and
     `followers` belong to the first request of an idempotency key; the others `follow` it. A `suspended` item
     leaves its batch without an outcome: it `waits` for its key, or else its entry stays pending and is handed
-    out again. One that `is_late` has waited long enough. `life` is that of the process (`app/heartbeat.py`).
+    out again. One that `is_late` has waited long enough. Of one that is `unsure` nobody could tell whether it
+    has a run, Postgres being away. `life` is that of the process (`app/heartbeat.py`).
     """
 
     entry: Entry
@@ -120,6 +121,7 @@ class Item(Struct, eq=False):
     waits: bool = False
     waiting_since: float | None = None
     is_late: bool = False
+    unsure: bool = False
     life: int = 0
 
     @property

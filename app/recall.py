@@ -52,6 +52,8 @@ class Recall:
             _settle(contested, _any, error)
             # Nor can one that has a run from one that comes too late to have any.
             _settle(asked, lambda item: self._is_over(item, batch), error)
+            for item in asked:
+                item.unsure = item.open
         _settle(contested, _any, RunIdConflict())
         _settle(
             asked,

@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from app.batch import Answer, Batch, Item
 from app.decide import may_be_mollified
-from app.errors import ClaimLost, RequestError, Unreachable
+from app.errors import ClaimLost, RequestError, StoreUnavailable, Unreachable
 from app.ports import Claims, Settlement
 from app.switches import Switches
 from app.telemetry import Telemetry
@@ -29,6 +29,8 @@ class Settle:
         for item in batch.items:
             if isinstance(item.outcome, ClaimLost):
                 self._claim_again(item)
+            elif item.unsure and isinstance(item.outcome, RequestError) and item.outcome.retryable:
+                item.outcome = StoreUnavailable()  # "nothing was accepted" is more than anybody knows
         held = [settlement for item in batch.items if (settlement := _settlement(item)) is not None]
         left = [
             settlement

@@ -182,6 +182,26 @@ async def test_g3_a_request_that_may_have_a_run_is_not_refused_while_nobody_can_
     assert world.desk.dead == []
 
 
+async def refusing(*arguments: object) -> None:
+    raise BufferUnavailable
+
+
+@pytest.mark.parametrize("passes", [0, 1], ids=["mollified", "diverted"])
+async def test_g1_what_comes_again_while_nobody_can_tell_is_not_said_to_be_nothing(
+    passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run is a row, Postgres is away when it comes again, and the buffer refuses it."""
+    world = World()
+    first = entry()
+    await world.handle(first)
+    world.gate.passes = passes
+    world.store.failure = StoreUnavailable()
+    monkeypatch.setattr(world.buffer, "accept", refusing)
+    (again, new) = await world.handle(replace(first, deliveries=2), entry())
+    assert again["error"]["code"] == "store_unavailable"
+    assert new["error"]["code"] == "buffer_unavailable"
+
+
 async def test_g3_a_redelivered_request_gets_the_same_run_and_reply() -> None:
     for passes in (0, 1):
         world = World()
