@@ -1,12 +1,12 @@
 """The rate gate's counters in Redis: one script call per partition, all in one round trip."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 from sys import maxsize
 
 from redis.exceptions import ResponseError
 
 from app.errors import GateUnavailable, Unreachable
+from app.grouping import by_partition
 from app.keys import Keys
 from app.ports import Admission
 from app.redis_client import Call, Scripts
@@ -29,12 +29,10 @@ class RedisGate:
         """See `ports.RateGate.admit`."""
         settings = self._settings
         rate = Rate(settings.trip_window_ms, settings.trip_threshold, settings.hold_ms)
-        by_partition: defaultdict[int, list[str]] = defaultdict(list)
-        for environment in requests:
-            by_partition[self._keys.environment(environment).partition].append(environment)
+        groups = by_partition(self._keys, requests)
         head = ("" if now_ms is None else now_ms, *self._head)
         calls = []
-        for environments in by_partition.values():
+        for environments in groups.values():
             keys: list[str] = []
             arguments: list[str | bytes | int] = list(head)
             for environment in environments:
@@ -53,7 +51,7 @@ class RedisGate:
         answers = await self._ask(calls)
         fleet_passes = answers.pop()[0] if settings.global_trip_threshold else maxsize
         passes: dict[str, int] = {}
-        for environments, answer in zip(by_partition.values(), answers, strict=True):
+        for environments, answer in zip(groups.values(), answers, strict=True):
             passes.update(zip(environments, answer[::2], strict=True))
         return Admission(passes, fleet_passes)
 

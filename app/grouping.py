@@ -1,6 +1,7 @@
-"""Runs by partition and environment, the way that scripts are given them: one call for each partition."""
+"""Environments and runs by partition, the way that scripts are given them: one call for each partition."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from app.keys import Keys
 from schemas.snapshot import Snapshot
@@ -9,20 +10,23 @@ Grouped = dict[int, dict[str, list[int]]]
 """Positions of runs, by partition and environment id, each in order."""
 
 
+def by_partition(keys: Keys, environment_ids: Iterable[str]) -> dict[int, list[str]]:
+    """Group environments, each group in order."""
+    groups: defaultdict[int, list[str]] = defaultdict(list)
+    for environment_id in environment_ids:
+        groups[keys.environment(environment_id).partition].append(environment_id)
+    return groups
+
+
 def grouped(keys: Keys, runs: Sequence[Snapshot]) -> Grouped:
     """Group runs by where they belong."""
-    by_environment: dict[str, list[int]] = {}
+    positions: defaultdict[str, list[int]] = defaultdict(list)
     for position, run in enumerate(runs):
-        environment_id = run.environment_id
-        if environment_id in by_environment:
-            by_environment[environment_id].append(position)
-        else:
-            by_environment[environment_id] = [position]
-    groups: Grouped = {}
-    for environment_id, positions in by_environment.items():
-        partition = keys.environment(environment_id).partition
-        groups.setdefault(partition, {})[environment_id] = positions
-    return groups
+        positions[run.environment_id].append(position)
+    return {
+        partition: {environment_id: positions[environment_id] for environment_id in environment_ids}
+        for partition, environment_ids in by_partition(keys, positions).items()
+    }
 
 
 def in_order(groups: Grouped) -> list[list[int]]:

@@ -5,7 +5,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
-from hashlib import sha256
 from typing import Any
 
 import asyncpg
@@ -200,12 +199,6 @@ def key_columns(runs: Sequence[Snapshot]) -> tuple[list[str], list[str], list[st
         [run.task for run in runs],
         [run.idempotency_key for run in runs],
     )
-
-
-def key_digest(run: Snapshot) -> bytes:
-    """What `mollifier.key_digest` makes of a run's idempotency key, without which Postgres would make it."""
-    parts = f"{run.organization_id}\0{run.environment_id}\0{run.task}\0{run.idempotency_key}"
-    return sha256(parts.encode()).digest()
 
 
 def is_hindered(record: asyncpg.Record) -> bool:

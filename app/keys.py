@@ -51,7 +51,7 @@ from zlib import crc32
 from msgspec import Struct
 
 _LONG = 128
-"""Characters of a name that is not remembered."""
+"""A name of more characters is not remembered."""
 
 
 class EnvironmentKeys(Struct, frozen=True, gc=False):

@@ -49,19 +49,14 @@ class Scripts:
         if not calls:
             return []
         answers = await self._send(calls)
-        missing = {
-            call.name
-            for call, answer in zip(calls, answers, strict=True)
-            if isinstance(answer, NoScriptError)
-        }
-        if missing:
-            await self._load(missing)
+        if any(isinstance(answer, NoScriptError) for answer in answers):
             # What was done is not done again: it might be refused this time. But what waits, waits for all.
             again = [
                 position
                 for position, (call, answer) in enumerate(zip(calls, answers, strict=True))
                 if isinstance(answer, NoScriptError) or call.name in _WAITING
             ]
+            await self._load({calls[one].name for one in again if calls[one].keys is not None})
             for position, answer in zip(again, await self._send([calls[one] for one in again]), strict=True):
                 answers[position] = answer
         return answers

@@ -31,11 +31,7 @@ class Respond:
             finished = [item for item in finished if item not in lost]
         replies = [(item, encode_reply(item, batch.now)) for item in finished]
         if batch.switches.enabled:
-            runs = [
-                item.run
-                for item in finished
-                if item.has_chosen_id and item.run is not None and _is_settled_id(item)
-            ]
+            runs = [item.run for item in finished if item.run is not None and _is_settled_id(item)]
             await self._reservations.release(runs)
         await self._desk.respond(replies)
         self._telemetry.responded(finished)
@@ -97,4 +93,4 @@ def _is_settled_id(item: Item) -> bool:
         return False
     is_buffered = isinstance(outcome, Answer) and outcome.is_mollified
     is_own = isinstance(outcome, Answer) and run is not None and outcome.run_id == run.id
-    return not (is_buffered and is_own)
+    return item.has_chosen_id and not (is_buffered and is_own)

@@ -1,6 +1,7 @@
 """A run as a row of `mollifier.runs`: its columns, and the status it has at a given time."""
 
 from datetime import datetime
+from hashlib import sha256
 from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
@@ -119,6 +120,12 @@ class Materialised(NamedTuple):
     result: Literal["inserted", "present", "alias", "refused"]
     winner_id: str | None = None
     error: str | None = None
+
+
+def key_digest(run: Snapshot) -> bytes:
+    """What `mollifier.key_digest` makes of a run's idempotency key, without which Postgres would make it."""
+    parts = f"{run.organization_id}\0{run.environment_id}\0{run.task}\0{run.idempotency_key}"
+    return sha256(parts.encode()).digest()
 
 
 def status_at(run: Snapshot, now: datetime) -> Status:

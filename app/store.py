@@ -10,11 +10,11 @@ import asyncpg
 from app.batch import Answer, Parent
 from app.debounce import debounce
 from app.errors import RequestError
-from app.inserts import Hindrance, answer, copy_rows, free_keys, insert_rows, key_digest, look_up, own_answer
+from app.inserts import Hindrance, answer, copy_rows, free_keys, insert_rows, look_up, own_answer
 from app.lost_keys import has_outlived_its_key, let_go_of_keys, without_key, without_lost_keys
 from app.ports import KeyHolder
 from app.postgres import Connection, acquire, refusal, statement
-from app.rows import Materialised, Row, status_at
+from app.rows import Materialised, Row, key_digest, status_at
 from app.settings import Settings
 from schemas.snapshot import Snapshot
 

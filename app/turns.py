@@ -8,6 +8,7 @@ heartbeat does, so it needs no renewal of its own.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from app.grouping import by_partition
 from app.keys import Keys
 from app.ports import Taken
 from app.redis_client import Call, Scripts
@@ -47,7 +48,7 @@ class RedisTurns:
 
     async def _take(self, expected: Mapping[str, str], turn: HandOut) -> tuple[list[Taken], dict[str, str]]:
         """Take from environments that are held as expected; what was taken, and who holds the others."""
-        groups = self._by_partition(list(expected))
+        groups = by_partition(self._keys, expected)
         calls = []
         for partition, environments in groups.items():
             keys, arguments = [self._keys.ready(partition)], [self._consumer, str(turn.hold)]
@@ -93,7 +94,7 @@ class RedisTurns:
         outcome: str,
     ) -> None:
         """End holds. A mark has the hold, the last entry that it is about, and how many are settled."""
-        groups = self._by_partition(list(marks))
+        groups = by_partition(self._keys, marks)
         calls = []
         for partition, environments in groups.items():
             keys = [self._keys.ready(partition), self._keys.grace(partition), self._keys.totals(partition)]
@@ -147,9 +148,3 @@ class RedisTurns:
             if elements:
                 calls.append(Call("forget", keys, arguments))
         return sum(await self._scripts.demand(calls))
-
-    def _by_partition(self, environments: Sequence[str]) -> dict[int, list[str]]:
-        groups: defaultdict[int, list[str]] = defaultdict(list)
-        for environment in environments:
-            groups[self._keys.environment(environment).partition].append(environment)
-        return groups

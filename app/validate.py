@@ -62,7 +62,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
     options, environment = request.options, request.environment
     created_at = entry_time(entry.ms)
     run_id = _run_id(entry, request, settings)
-    trace_id, span_id, parent_span_id, trace_context = _trace(run_id, request.trace_context)
+    trace_id, parent_span_id, trace_context = _trace(run_id, request.trace_context)
     ttl_seconds = None if options.ttl is None else _parsed("options.ttl", parse_ttl, options.ttl)
     delay_until, debounce_until = _delay(options, created_at)
     if len(options.tags) > settings.max_tags:
@@ -108,7 +108,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
             "options.replayed_from_run_id", run_ids.parse_friendly, options.replayed_from_run_id
         ),
         trace_id=trace_id,
-        span_id=span_id,
+        span_id=run_ids.span_id(run_id),
         parent_span_id=parent_span_id,
         trace_context=trace_context,
         created_at=created_at,
@@ -182,11 +182,8 @@ _read_numbers = msgspec.json.Decoder(float_hook=_refuse_too_fine).decode
 
 def _delay(options: Options, created_at: datetime) -> tuple[datetime | None, datetime | None]:
     """Until when a run is delayed, and how far its debounce key may push it back (None: no limit)."""
-    delay, debounce = options.delay, options.debounce
-    if delay is None:
-        delay_until = None
-    else:
-        delay_until = _parsed("options.delay", lambda text: parse_delay(text, created_at), delay)
+    delay_until = _parse("options.delay", lambda text: parse_delay(text, created_at), options.delay)
+    debounce = options.debounce
     if debounce is None:
         return delay_until, None
     pushed = created_at + timedelta(seconds=_parsed("options.debounce.delay", parse_duration, debounce.delay))
@@ -200,9 +197,10 @@ def _delay(options: Options, created_at: datetime) -> tuple[datetime | None, dat
 
 
 def _key_expiry(options: Options, created_at: datetime) -> datetime | None:
-    ttl = options.idempotency_key_ttl
-    seconds = KEY_TTL_S if ttl is None else _parsed("options.idempotency_key_ttl", parse_ttl, ttl)
-    return None if options.idempotency_key is None else _after(created_at, seconds)
+    seconds = _parse("options.idempotency_key_ttl", parse_ttl, options.idempotency_key_ttl)
+    if options.idempotency_key is None:
+        return None
+    return _after(created_at, KEY_TTL_S if seconds is None else seconds)
 
 
 @lru_cache(maxsize=1_024)
@@ -211,13 +209,13 @@ def _after(instant: datetime, seconds: int) -> datetime:
     return instant + timedelta(seconds=seconds)
 
 
-def _trace(run_id: str, context: TraceContext | None) -> tuple[str, str, str | None, bytes | None]:
+def _trace(run_id: str, context: TraceContext | None) -> tuple[str, str | None, bytes | None]:
     if context is None or context.traceparent is None:
-        return run_ids.trace_id(run_id), run_ids.span_id(run_id), None, None
+        return run_ids.trace_id(run_id), None, None
     match = _TRACEPARENT.fullmatch(context.traceparent)
     if match is None:
         raise InvalidRequest("trace_context.traceparent: not a W3C traceparent")
-    return match[1], run_ids.span_id(run_id), match[2], msgspec.json.encode(context)
+    return match[1], match[2], msgspec.json.encode(context)
 
 
 def _parse(field: str, parse: Callable[[Value], Parsed], value: Value | None) -> Parsed | None:

@@ -1,7 +1,7 @@
 """One exchange for many commands: its answers are its own, whatever happens to it. G1."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,22 @@ from tests.waiting import eventually
 
 def command(name: str, *arguments: str | int) -> Call:
     return Call(name, None, arguments)
+
+
+async def cut_once(client: Redis, meanwhile: Callable[[], Awaitable[object]] | None = None) -> None:
+    """Have the next exchange of a client be done, but nobody hear of it."""
+    async with connection_of(client) as connection:
+        exchange = connection.exchange
+
+        async def cut(commands: Sequence[Sequence[Any]]) -> list[Any]:
+            connection.__dict__.pop("exchange")
+            await exchange(commands)
+            if meanwhile is not None:
+                await meanwhile()
+            await connection.disconnect(nowait=True)
+            raise RedisConnectionError
+
+        connection.__dict__["exchange"] = cut
 
 
 async def hangs(client: Redis) -> None:
@@ -72,16 +88,7 @@ async def test_a_connection_that_was_cut_is_tried_again_as_often_as_the_client_m
     own = connect(redis_url)
     own.set_retry(Retry(NoBackoff(), retries))
     scripts, appends = Scripts(own), [command("XADD", "stream", "*", "a", 1)]
-    async with connection_of(own) as connection:
-        exchange = connection.exchange
-
-        async def cut_once(commands: list[tuple[object, ...]]) -> list[object]:
-            connection.__dict__.pop("exchange")
-            await exchange(commands)  # it is done, but nobody hears of it
-            await connection.disconnect(nowait=True)
-            raise RedisConnectionError
-
-        connection.__dict__["exchange"] = cut_once
+    await cut_once(own)
     outcome = await asyncio.gather(scripts.run(appends), return_exceptions=True)
     assert isinstance(outcome[0], list) == survives
     assert await client.xlen("stream") == 1 + survives
@@ -94,10 +101,9 @@ class Forgetful(Scripts):
     asked: list[list[str]]
 
     async def _send(self, calls: Sequence[Call]) -> list[Any]:
-        if self.asked:
-            self.asked.append([call.name for call in calls])
-            return await super()._send(calls)
         self.asked.append([call.name for call in calls])
+        if len(self.asked) > 1:
+            return await super()._send(calls)
         return [NoScriptError("No matching script."), *await super()._send(calls[1:])]
 
 
@@ -122,17 +128,7 @@ async def test_g2_what_was_done_before_the_connection_broke_is_not_said_to_be_re
     buffer = RedisBuffer(scripts, Keys("mollifier", 16), Settings.model_validate({}))
     await buffer.accept([run()], [None])
     await buffer.accept([mine], [None])
-    async with connection_of(own) as connection:
-        exchange = connection.exchange
-
-        async def cut_once(commands: list[tuple[object, ...]]) -> list[object]:
-            connection.__dict__.pop("exchange")
-            await exchange(commands)
-            await client.config_set("maxmemory", "1")
-            await connection.disconnect(nowait=True)
-            raise RedisConnectionError
-
-        connection.__dict__["exchange"] = cut_once
+    await cut_once(own, meanwhile=lambda: client.config_set("maxmemory", "1"))
     try:
         with pytest.raises(Unreachable, match="asked again"):
             await scripts.run([command("SET", "done", 1)])

@@ -11,9 +11,8 @@ import pytest
 
 from app.batch import Answer
 from app.errors import InvalidRequest, OneTimeUseTokenUsed, RunIdConflict, StoreUnavailable
-from app.inserts import key_digest
 from app.postgres import create_pool, statement
-from app.rows import Materialised, Row, status_at
+from app.rows import Materialised, Row, key_digest, status_at
 from app.settings import Settings
 from app.store import PostgresStore
 from schemas.snapshot import Snapshot

@@ -1,10 +1,10 @@
 """Environments as a look sees them: what they have buffered, what the gate counts, which are the worst."""
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from app.grouping import by_partition
 from app.keys import Keys
 from app.redis_client import Call, Scripts
 from app.settings import Settings
@@ -123,12 +123,9 @@ class Environments:
 
     async def _gates(self, environments: Iterable[str]) -> dict[str, bytes | None]:
         """What the gate has written of environments; None: it does not count one at present."""
-        by_partition: defaultdict[int, list[str]] = defaultdict(list)
-        for environment in environments:
-            by_partition[self._keys.partition(environment)].append(environment)
         pages = [
             some[start : start + _PAGE]
-            for some in by_partition.values()
+            for some in by_partition(self._keys, environments).values()
             for start in range(0, len(some), _PAGE)
         ]
         calls = [Call("MGET", None, [self._keys.environment(one).gate for one in page]) for page in pages]
