@@ -29,8 +29,8 @@ class Settle:
         for item in batch.items:
             if isinstance(item.outcome, ClaimLost):
                 self._claim_again(item)
-            elif item.unsure and isinstance(item.outcome, RequestError) and item.outcome.retryable:
-                item.outcome = StoreUnavailable()  # "nothing was accepted" is more than anybody knows
+            elif isinstance(item.outcome, RequestError):
+                item.outcome = _as_far_as_known(item, item.outcome)
         held = [settlement for item in batch.items if (settlement := _settlement(item)) is not None]
         left = [
             settlement
@@ -62,9 +62,14 @@ class Settle:
                 follower.outcome = cached
         elif isinstance(outcome, RequestError) and outcome.retryable:
             for follower in leader.followers:
-                follower.outcome = outcome
+                follower.outcome = _as_far_as_known(follower, outcome)
         else:
             self._wait(leader.followers)
+
+
+def _as_far_as_known(item: Item, error: RequestError) -> RequestError:
+    """That nothing was done is more than anybody knows of a request that may have a run."""
+    return StoreUnavailable() if item.unsure and error.retryable else error
 
 
 def _left_behind(item: Item, switches: Switches) -> Settlement | None:

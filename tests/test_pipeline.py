@@ -202,6 +202,19 @@ async def test_g1_what_comes_again_while_nobody_can_tell_is_not_said_to_be_nothi
     assert new["error"]["code"] == "buffer_unavailable"
 
 
+async def test_g1_nor_is_it_if_it_follows_a_new_one_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    first, new = (entry(body(options={"idempotency_key": "k"})) for _ in range(2))
+    await world.handle(first)
+    world.claims.values.clear()
+    world.gate.passes = 0
+    world.store.failure = StoreUnavailable()
+    monkeypatch.setattr(world.buffer, "accept", refusing)
+    (leads, follows) = await world.handle(new, replace(first, deliveries=2))
+    assert leads["error"]["code"] == "buffer_unavailable"
+    assert follows["error"]["code"] == "store_unavailable"
+
+
 async def test_g3_a_redelivered_request_gets_the_same_run_and_reply() -> None:
     for passes in (0, 1):
         world = World()
