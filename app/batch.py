@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
+from app import run_ids
 from app.errors import RequestError
 from app.switches import Switches
 from schemas.operations import OperationRequest
@@ -101,7 +102,8 @@ class Item(Struct, eq=False):
     `followers` belong to the first request of an idempotency key; the others `follow` it. A `suspended` item
     leaves its batch without an outcome: it `waits` for its key, or else its entry stays pending and is handed
     out again. One that `is_late` has waited long enough. Of one that is `unsure` nobody could tell whether it
-    has a run, Postgres being away. `life` is that of the process (`app/heartbeat.py`).
+    has a run, Postgres being away. The id of one that is `sought` is looked for together with its key. `life`
+    is that of the process (`app/heartbeat.py`).
     """
 
     entry: Entry
@@ -122,6 +124,7 @@ class Item(Struct, eq=False):
     waiting_since: float | None = None
     is_late: bool = False
     unsure: bool = False
+    sought: bool = False
     life: int = 0
 
     @property
@@ -142,6 +145,16 @@ class Item(Struct, eq=False):
     def has_chosen_id(self) -> bool:
         """Whether the caller chose the run's id."""
         return self.request is not None and self.request.options.run_id is not None
+
+    @property
+    def has_bound_id(self) -> bool:
+        """Whether the caller chose an id that is bound to its tenant."""
+        return self.has_chosen_id and self.run is not None and run_ids.is_bound(self.run.id)
+
+    @property
+    def has_reserved_id(self) -> bool:
+        """Whether the caller chose an id that has to be reserved."""
+        return self.has_chosen_id and self.run is not None and run_ids.is_reserved(self.run.id)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,5 @@
 """The bodies of requests, from what a Python producer gives."""
 
-import secrets
-import time
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -96,6 +94,13 @@ def free_form(name: str, value: object) -> Raw | UnsetType:
     return Raw(value) if isinstance(value, bytes) else encoded(name, value)
 
 
-def new_run_id() -> str:
-    """A run id of a producer's own choice: it sorts by time, and has not the reserved form of `run_ids`."""
-    return f"{run_ids.PREFIX}{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
+def new_run_id(environment: AnyTenant) -> str:
+    """A run id of a producer's own choice, bound to the environment: no other one can use it.
+
+    `environment` is not checked: whoever handles the request does that.
+    """
+    if isinstance(environment, Mapping):
+        organization_id, environment_id = environment.get("organization_id"), environment.get("id")
+    else:
+        organization_id, environment_id = environment.organization_id, environment.id
+    return run_ids.friendly(run_ids.bind(str(organization_id), str(environment_id)))

@@ -33,7 +33,7 @@ class RedisClaims:
         self._shortest_ms = settings.claim_min_ttl_s * 1000
         self._longest_ms = settings.claim_ttl_s * 1000
 
-    async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
+    async def claim(self, runs: Sequence[Snapshot], now: datetime, *, seek: bool = False) -> Sequence[Claim]:
         """See `ports.Claims.claim`."""
         attempt = secrets.token_hex(8)
         lives: dict[datetime, int] = {}
@@ -41,7 +41,7 @@ class RedisClaims:
         calls = []
         for environments in groups.values():
             keys: list[str] = []
-            arguments: list[str | int] = [attempt]
+            arguments: list[str | int] = [attempt, int(seek)]
             for environment, positions in environments.items():
                 names = self._keys.environment(environment)
                 keys += (names.entries, names.index, names.drain)

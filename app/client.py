@@ -103,7 +103,7 @@ class Mollifier:
             **options,
         )
         if self._retry:
-            body["options"].setdefault("run_id", new_run_id())
+            body["options"].setdefault("run_id", new_run_id(environment))
         is_named = "run_id" in body["options"]
         return await self._triggers.call(_encode(body), RunReply, repeatable=is_named, timeout=timeout)
 

@@ -102,6 +102,17 @@ def may_be_mollified(item: Item, switches: Switches) -> bool:
     )
 
 
+ClaimedKey = tuple[str, str, str, str]
+
+
+def claimed_key(item: Item, switches: Switches) -> ClaimedKey | None:
+    """The idempotency key that an item claims, with what it belongs to; None if it claims nothing."""
+    run = item.run
+    if run is None or run.idempotency_key is None or not may_be_mollified(item, switches):
+        return None
+    return run.organization_id, run.environment_id, run.task, run.idempotency_key
+
+
 def is_enrolled(request: TriggerRequest, switches: Switches) -> bool:
     """Whether a request's organization takes part: see `Switches.is_enrolled`."""
     environment = request.environment

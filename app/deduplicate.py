@@ -3,13 +3,15 @@
 Requests with one key follow the first of them. A request whose key another worker holds leaves the
 batch for the waiting room, and comes back, by way of `recall`, when the key is free or taken. What cannot
 be mollified claims nothing: Postgres' unique index is the arbiter, once the buffer has no run of the key.
+
+The id of a request that is `sought` is looked for on the same two ways, the buffer first, as in `recall`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from app.batch import Answer, Batch, Item
-from app.decide import may_be_mollified
+from app.decide import ClaimedKey, claimed_key
 from app.errors import ClaimTimedOut, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
 from app.telemetry import Telemetry
@@ -38,10 +40,14 @@ class Deduplicate:
             await self._claim(
                 [leader for leader in leaders if leader.claim is None and not leader.is_late], batch
             )
-            await self._look_up([leader for leader in leaders if leader.open and leader.claim], batch)
+            await self._look_up(
+                [leader for leader in leaders if leader.claim and _is_in_doubt(leader)], batch
+            )
         except Unreachable as error:
-            # Without claims Postgres' unique index is the arbiter.
+            # Without claims Postgres' unique index is the arbiter; but not over what may be buffered.
             self._telemetry.unreachable("claims", error)
+            for leader in leaders:
+                leader.suspended = leader.sought and leader.open
         await self._give_up([leader for leader in leaders if leader.open and leader.is_late], batch)
 
     async def _give_up(self, late: Sequence[Item], batch: Batch) -> None:
@@ -60,20 +66,17 @@ class Deduplicate:
         nothing, and may meet a buffered run of their key all the same: of one that is no bypass, or that came
         before operators took the organization out, or switched to shadow mode.
         """
-        leaders: dict[tuple[str, str, str, str], Item] = {}
+        leaders: dict[ClaimedKey, Item] = {}
         unclaimed: list[Item] = []
         for item in batch.open():
-            run = item.run
-            if run is None or run.idempotency_key is None:
-                continue
-            if not may_be_mollified(item, batch.switches):
+            key = claimed_key(item, batch.switches)
+            if key is not None:
+                leader = leaders.setdefault(key, item)
+                if leader is not item:
+                    item.follows = True
+                    leader.followers.append(item)
+            elif item.run is not None and item.run.idempotency_key is not None:
                 unclaimed.append(item)
-                continue
-            key = (run.organization_id, run.environment_id, run.task, run.idempotency_key)
-            leader = leaders.setdefault(key, item)
-            if leader is not item:
-                item.follows = True
-                leader.followers.append(item)
         return list(leaders.values()), unclaimed if batch.switches.enabled else []
 
     async def _find_winners(self, items: Sequence[Item]) -> None:
@@ -95,49 +98,80 @@ class Deduplicate:
                     item.outcome = error
 
     async def _claim(self, leaders: Sequence[Item], batch: Batch) -> None:
-        claims = await self._claims.claim(_runs(leaders), batch.now) if leaders else ()
+        if not leaders:
+            return
+        seek = any(leader.sought for leader in leaders)
+        claims = await self._claims.claim(_runs(leaders), batch.now, seek=seek)
         for leader, claim in zip(leaders, claims, strict=True):
             leader.claim = claim
             if claim.state == "pending":
-                self._wait_with_followers(leader)
+                leader.claim = None
+                self._wait([leader])
+                self._lead_nobody(leader)
             elif claim.winner is not None:
                 leader.outcome = _buffered(leader, claim.winner)
+                if _is_own(leader, claim.winner.id):
+                    self._lead_nobody(leader)
         self._telemetry.claimed(Counter(claim.state for claim in claims))
 
     async def _look_up(self, leaders: Sequence[Item], batch: Batch) -> None:
-        """Answer those whose key a live row has. A claim that names a run which is nowhere is let go."""
+        """Answer those whose key a live row has, or who are one. A claim that names a run which is nowhere is
+        let go.
+        """
         if not leaders:
             return
-        stale = []
+        idle = []
         try:
-            holders = await self._store.look_up_keys(_runs(leaders), batch.now)
+            holders = await self._store.look_up_keys(
+                _runs(leaders),
+                batch.now,
+                [leader.run.id for leader in leaders if leader.sought and leader.run],
+            )
         except StoreUnavailable as error:
             self._telemetry.recall_failed(error)
             for leader in leaders:
-                if leader.claim is not None and leader.claim.state == "taken":
+                leader.unsure = leader.sought
+                if leader.open and leader.claim is not None and leader.claim.state == "taken":
                     leader.outcome = Answer(leader.claim.expected or "", None, None, False, is_cached=True)
             return
         for leader, holder in zip(leaders, holders, strict=True):
-            if holder is not None:
+            assert leader.claim is not None
+            is_own = holder is not None and _is_own(leader, holder.run_id)
+            if holder is not None and (leader.open or is_own):
                 leader.outcome = _stored(leader, holder)
-            elif leader.claim is not None and leader.claim.state == "taken":
-                stale.append(leader)
-        if stale:
-            await self._claims.settle(
-                [
-                    Settlement(leader.run, leader.claim.expected or "", "")
-                    for leader in stale
-                    if leader.run is not None and leader.claim is not None
-                ],
-                batch.now,
-            )
-            for leader in stale:
-                self._wait_with_followers(leader)
+            if is_own:
+                self._lead_nobody(leader)
+            if leader.claim.state == ("claimed" if is_own else "taken") and (leader.open or is_own):
+                idle.append(leader)
+        if idle:
+            await self._let_go(idle, batch)
 
-    def _wait_with_followers(self, leader: Item) -> None:
-        leader.claim = None
-        self._wait([leader, *leader.followers])
+    async def _let_go(self, leaders: Sequence[Item], batch: Batch) -> None:
+        """Release claims of runs that are nowhere, or were there before: others find out who has the key."""
+        await self._claims.settle(
+            [
+                Settlement(leader.run, leader.claim.expected or "", "")
+                for leader in leaders
+                if leader.run is not None and leader.claim is not None
+            ],
+            batch.now,
+        )
+        for leader in leaders:
+            leader.claim = None
+            if leader.open:
+                self._wait([leader])
+            self._lead_nobody(leader)
+
+    def _lead_nobody(self, leader: Item) -> None:
+        """Have followers find out for themselves: the run that is there already need not have the key now."""
+        self._wait(leader.followers)
         leader.followers = []
+
+
+def _is_in_doubt(leader: Item) -> bool:
+    """Whether Postgres has to be asked; it alone knows of a row with the leader's id that lost its key."""
+    outcome = leader.outcome
+    return leader.open or (leader.sought and isinstance(outcome, Answer) and outcome.is_cached)
 
 
 def _runs(items: Sequence[Item]) -> list[Snapshot]:
@@ -155,13 +189,9 @@ def _buffered(item: Item, winner: Snapshot) -> Answer:
 
 
 def _stored(item: Item, holder: KeyHolder) -> Answer:
-    return Answer(
-        holder.run_id,
-        holder.span_id,
-        holder.delay_until,
-        is_mollified=False,
-        is_cached=not _is_own(item, holder.run_id),
-    )
+    if item.run is not None and item.run.id == holder.run_id:
+        return Answer(holder.run_id, item.run.span_id, holder.delay_until, is_mollified=holder.is_buffered)
+    return Answer(holder.run_id, holder.span_id, holder.delay_until, is_mollified=False, is_cached=True)
 
 
 def _is_own(item: Item, run_id: str) -> bool:

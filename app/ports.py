@@ -94,8 +94,10 @@ class Settlement(Struct, frozen=True, gc=False):
 
 
 class Claims(Protocol):
-    async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
+    async def claim(self, runs: Sequence[Snapshot], now: datetime, *, seek: bool = False) -> Sequence[Claim]:
         """Claim the idempotency keys of runs; per run, in order, what became of it.
+
+        With `seek`, a run that the buffer knows itself claims nothing: it is `taken` by that run.
 
         Raises:
             Unreachable: claims cannot be reached.
@@ -120,11 +122,12 @@ class Claims(Protocol):
 
 
 class KeyHolder(NamedTuple):
-    """The live row that has an idempotency key."""
+    """The live row that has an idempotency key; or what is there of a run that is sought by its id."""
 
     run_id: str
-    span_id: str
+    span_id: str | None
     delay_until: datetime | None
+    is_buffered: bool = False
 
 
 class Store(Protocol):
@@ -142,8 +145,11 @@ class Store(Protocol):
         """
         ...
 
-    async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
-        """Per run, in order, the row that has its idempotency key, if the key is not free.
+    async def look_up_keys(
+        self, runs: Sequence[Snapshot], now: datetime, sought: Sequence[str] = ()
+    ) -> Sequence[KeyHolder | None]:
+        """Per run, in order, the row that has its idempotency key, if the key is not free; but of those whose
+        ids are `sought`, and bound to their tenants, first of all the run itself.
 
         Raises:
             StoreUnavailable: Postgres cannot be read.

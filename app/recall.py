@@ -1,13 +1,15 @@
 """Step 3: find the run of a request that was handled before, by its id, in both stores.
 
 Buffer first, then Postgres: a run only ever moves that way, so it cannot slip through between.
-Only then may a deadline or a count of deliveries refuse a request.
+Only then may a deadline or a count of deliveries refuse a request. What is sure to be looked for with its
+key (step 5) is left to that.
 """
 
 from collections.abc import Awaitable, Callable, Sequence
 
 from app import run_ids
 from app.batch import Answer, Batch, DeadLetter, Item
+from app.decide import ClaimedKey, claimed_key
 from app.errors import (
     DeadlineExceeded,
     InternalError,
@@ -34,7 +36,7 @@ class Recall:
         self._telemetry = telemetry
 
     async def __call__(self, batch: Batch) -> None:
-        asked = [item for item in batch.open() if item.may_be_known]
+        asked = self._asked(batch)
         contested: list[Item] = []
         if batch.switches.enabled:
             await _look_up(asked, self._recall_from_buffer)
@@ -63,6 +65,23 @@ class Recall:
         for item in batch.open():
             self._refuse(item, batch)
 
+    def _asked(self, batch: Batch) -> list[Item]:
+        """What is to be looked for here. The rest of what may be known is `sought` with its key."""
+        known = [item for item in batch.open() if item.may_be_known]
+        if not any(item.has_bound_id for item in known):
+            return known
+        leaders: dict[ClaimedKey, Item] = {}
+        for item in batch.open():
+            key = claimed_key(item, batch.switches)
+            is_leader = key is not None and leaders.setdefault(key, item) is item
+            item.sought = is_leader and self._is_sought(item, batch)
+        return [item for item in known if not item.sought]
+
+    def _is_sought(self, item: Item, batch: Batch) -> bool:
+        """Whether the first request with a key is new but for its id, which is bound, and not over yet."""
+        is_new = not item.is_redelivered and item.waiting_since is None
+        return is_new and item.has_bound_id and not self._is_over(item, batch)
+
     def _is_over(self, item: Item, batch: Batch) -> bool:
         """Whether a request is to be refused unless it has a run by now."""
         assert item.request is not None
@@ -71,7 +90,7 @@ class Recall:
 
     async def _recall_from_buffer(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:
         return await self._buffer.recall(
-            _runs(items), [item.run for item in items if item.has_chosen_id and item.run]
+            _runs(items), [item.run for item in items if item.has_reserved_id and item.run]
         )
 
     async def _recall_from_store(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:

@@ -4,9 +4,15 @@ A derived id is `m` and 31 hexadecimal digits: 12 of the entry's milliseconds, 5
 14 of a digest over namespace, entry id and environment. So it sorts by time, is the same at every
 redelivery, and differs between deployments that share a database. That form is reserved: a caller
 may repeat such an id but not invent one.
+
+A bound id is a caller's choice that carries its tenant: `b` and 44 hexadecimal digits, 12 of its
+milliseconds, 16 at random, and 16 of a digest over organization, environment and those 28. No other tenant
+can use it, so nobody has to be asked whether one does. Every other id has to be reserved.
 """
 
 import re
+import secrets
+import time
 from hashlib import blake2b
 
 from schemas.requests import RUN_ID
@@ -14,6 +20,7 @@ from schemas.requests import RUN_ID
 PREFIX = "run_"
 
 _DERIVED = re.compile(r"m[0-9a-f]{31}")
+_BOUND = re.compile(r"b([0-9a-f]{28})([0-9a-f]{16})")
 _CHOSEN = re.compile(RUN_ID)
 _LARGEST_SEQUENCE = 0xFFFFF
 
@@ -28,6 +35,33 @@ def derive(namespace: str, entry_id: str, environment_id: str) -> str:
 def is_derived(run_id: str) -> bool:
     """Whether an id has the reserved form."""
     return _DERIVED.fullmatch(run_id) is not None
+
+
+def bind(organization_id: str, environment_id: str) -> str:
+    """A new bound id (without `run_`) for a run of a tenant."""
+    head = f"{time.time_ns() // 1_000_000 & 0xFFFFFFFFFFFF:012x}{secrets.token_hex(8)}"
+    return f"b{head}{_binding(head, organization_id, environment_id)}"
+
+
+def is_bound(run_id: str) -> bool:
+    """Whether an id has the form of bound ones; whose it is was told when it was first read."""
+    return _BOUND.fullmatch(run_id) is not None
+
+
+def is_foreign(run_id: str, organization_id: str, environment_id: str) -> bool:
+    """Whether an id is bound, but not to this tenant."""
+    bound = _BOUND.fullmatch(run_id)
+    return bound is not None and _binding(bound[1], organization_id, environment_id) != bound[2]
+
+
+def is_reserved(run_id: str) -> bool:
+    """Whether an id has to be reserved until it is a row: nothing about it tells whose it is."""
+    return not (is_derived(run_id) or is_bound(run_id))
+
+
+def _binding(head: str, organization_id: str, environment_id: str) -> str:
+    parts = f"{organization_id}\0{environment_id}\0{head}".encode(errors="surrogatepass")
+    return blake2b(parts, digest_size=8, person=b"bound").hexdigest()
 
 
 def parse_friendly(friendly_id: str) -> str:

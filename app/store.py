@@ -58,13 +58,23 @@ class PostgresStore:
             records = await connection.fetch(statement("look_up_parents"), *columns)
         return [None if record["id"] is None else Parent(*record) for record in records]
 
-    async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
+    async def look_up_keys(
+        self, runs: Sequence[Snapshot], now: datetime, sought: Sequence[str] = ()
+    ) -> Sequence[KeyHolder | None]:
         """See `ports.Store.look_up_keys`."""
+        digests = list(map(key_digest, runs))
         async with acquire(self._pool, self._timeout_s) as connection:
-            records = await connection.fetch(statement("look_up_keys"), list(map(key_digest, runs)), now)
+            records = await connection.fetch(statement("look_up_keys"), digests, now, sought)
         holders: list[KeyHolder | None] = [None] * len(runs)
+        own: dict[str, KeyHolder] = {}
         for position, *holder in records:
-            holders[position - 1] = KeyHolder(*holder)
+            found = KeyHolder(*holder)
+            if position is None:
+                own[found.run_id] = found
+            else:
+                holders[position - 1] = found
+        if own:
+            return [own.get(run.id, holder) for run, holder in zip(runs, holders, strict=True)]
         return holders
 
     async def recall(self, runs: Sequence[Snapshot]) -> Sequence[Answer | RequestError | None]:

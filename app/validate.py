@@ -17,7 +17,14 @@ import orjson
 from app import run_ids
 from app.batch import Batch, Entry
 from app.durations import parse_delay, parse_duration, parse_ttl
-from app.errors import InvalidRequest, MetadataTooLarge, PayloadTooLarge, RequestError, TooManyTags
+from app.errors import (
+    InvalidRequest,
+    MetadataTooLarge,
+    PayloadTooLarge,
+    RequestError,
+    RunIdConflict,
+    TooManyTags,
+)
 from app.nesting import MOST_LEVELS_OF_METADATA, is_deeper
 from app.settings import Settings
 from schemas.requests import TRACEPARENT, Options, TraceContext, TriggerRequest
@@ -58,6 +65,7 @@ def build_run(entry: Entry, request: TriggerRequest, settings: Settings) -> Snap
 
     Raises:
         InvalidRequest, PayloadTooLarge, MetadataTooLarge, TooManyTags: the message names the field.
+        RunIdConflict: the chosen id is bound to another tenant.
     """
     options, environment = request.options, request.environment
     created_at = entry_time(entry.ms)
@@ -123,7 +131,10 @@ def entry_time(ms: int) -> datetime:
 
 def _run_id(entry: Entry, request: TriggerRequest, settings: Settings) -> str:
     if request.options.run_id is not None:
-        return _parsed("options.run_id", run_ids.parse_friendly, request.options.run_id)
+        run_id = _parsed("options.run_id", run_ids.parse_friendly, request.options.run_id)
+        if run_ids.is_foreign(run_id, request.environment.organization_id, request.environment.id):
+            raise RunIdConflict
+        return run_id
     return run_ids.derive(settings.namespace, entry.id, request.environment.id)
 
 

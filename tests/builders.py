@@ -2,6 +2,7 @@
 
 import json
 from datetime import UTC, datetime
+from hashlib import blake2b
 from itertools import count
 from typing import Any
 
@@ -35,6 +36,13 @@ EVERY_OPTION: dict[str, Any] = {
     "replayed_from_run_id": "run_old",
 }
 """Options of a trigger, all that go together."""
+
+
+def bound_id(organization: str, environment: str, number: int = 0) -> str:
+    """The bound id (without `run_`) of a tenant with so many in place of time and chance."""
+    head = f"{number:028x}"
+    parts = f"{organization}\0{environment}\0{head}".encode()
+    return f"b{head}{blake2b(parts, digest_size=8, person=b'bound').hexdigest()}"
 
 
 def body(environment: str = "env_1", organization: str = "org_1", **changes: Any) -> dict[str, Any]:

@@ -121,12 +121,15 @@ class FakeClaims:
         self._runs = buffer.runs
         self.failure: MollifierError | None = None
 
-    async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
+    async def claim(self, runs: Sequence[Snapshot], now: datetime, *, seek: bool = False) -> Sequence[Claim]:
         if self.failure:
             raise self.failure
-        return [self._claim(run) for run in runs]
+        return [self._claim(run, seek) for run in runs]
 
-    def _claim(self, run: Snapshot) -> Claim:
+    def _claim(self, run: Snapshot, seek: bool) -> Claim:
+        known = self._runs.get((run.environment_id, run.id))
+        if seek and known is not None:
+            return Claim("taken", expected=run.id, winner=known)
         own = f"pending:{run.id}:token"
         value = self.values.setdefault(_key(run), own)
         if value == own:
@@ -198,12 +201,20 @@ class FakeStore:
             raise self.failure
         return [self._answer(run) if run.id in self.rows else None for run in runs]
 
-    async def look_up_keys(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[KeyHolder | None]:
+    async def look_up_keys(
+        self, runs: Sequence[Snapshot], now: datetime, sought: Sequence[str] = ()
+    ) -> Sequence[KeyHolder | None]:
         if self.failure:
             raise self.failure
         rows = {_key(row): row for row in self.rows.values() if row.idempotency_key is not None}
-        holders = [rows.get(_key(run)) for run in runs]
-        return [None if row is None else KeyHolder(row.id, row.span_id, row.delay_until) for row in holders]
+        own = {run_id: self.rows[run_id] for run_id in sought if run_id in self.rows}
+        holders = [own.get(run.id) or rows.get(_key(run)) for run in runs]
+        return [
+            None
+            if row is None
+            else KeyHolder(row.id, row.span_id, row.delay_until, row.buffered_at is not None)
+            for row in holders
+        ]
 
     async def find_parents(self, children: Sequence[Snapshot]) -> Sequence[Parent | None]:
         if self.failure:

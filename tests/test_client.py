@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -766,8 +765,10 @@ def test_a_code_from_a_newer_service(retryable: bool) -> None:
 
 
 def test_run_ids_of_the_clients_choice() -> None:
-    first, second = new_run_id(), new_run_id()
-    assert first != second
-    assert re.fullmatch(r"run_[0-9a-f]{32}", first)
-    assert not run_ids.is_derived(run_ids.parse_friendly(first))
-    assert first[:16] <= second[:16]
+    mine = Environment(id="env_1", organization_id="org_1", project_id="proj_1")
+    environments = (mine, {"id": "env_1", "organization_id": "org_1"}, {"id": 7})
+    ids = [run_ids.parse_friendly(new_run_id(environment)) for environment in environments]
+    assert len(set(ids)) == 3
+    assert [one[:13] for one in ids] == sorted(one[:13] for one in ids), "they sort by time"
+    assert all(map(run_ids.is_bound, ids))
+    assert [run_ids.is_foreign(one, "org_1", "env_1") for one in ids] == [False, False, True]

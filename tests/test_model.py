@@ -44,7 +44,7 @@ from app.telemetry import Telemetry
 from app.turns import RedisTurns
 from app.wiring import World
 from schemas.snapshot import Snapshot, decode_snapshot
-from tests.builders import NOW, body
+from tests.builders import NOW, body, bound_id
 from tests.fakes import FakeGate, FakeHeart
 from tests.machines import Endings, Fault, Job, Machine, breakable, faults, patient, search, tell
 
@@ -66,8 +66,10 @@ DRAINERS: dict[int, dict[str, Any]] = {3: {}, 4: {}}
 TENANTS = [*[("org_1", "env_1")] * 6, ("org_1", "env_2"), ("org_2", "env_3"), ("org_2", "env_1")]
 """Organizations and environments. The last one is hostile: its environment is another organization's."""
 
-CHOSEN = {"x": None, "y": "a"}
-"""Ids that callers choose, with the idempotency key that goes with each: a repetition asks for the same."""
+CHOSEN = {"x": None, "y": "a", "bound": "a"}
+"""Ids that callers choose, with the idempotency key that goes with each: a repetition asks for the same. Each
+tenant has a bound one of its own.
+"""
 
 ENVIRONMENTS = sorted({environment for _, environment in TENANTS})
 FREES_ITS_KEY = ("FAILED", "EXPIRED", "SYSTEM_FAILURE")
@@ -184,8 +186,8 @@ class ClaimsByTheClock(RedisClaims):
 
     clock: Callable[[], datetime]
 
-    async def claim(self, runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
-        return await super().claim(runs, self.clock())
+    async def claim(self, runs: Sequence[Snapshot], now: datetime, *, seek: bool = False) -> Sequence[Claim]:
+        return await super().claim(runs, self.clock(), seek=seek)
 
 
 FROM_CLAIMS = (
@@ -414,15 +416,16 @@ class Model(Machine):
         options = {} if ttl is None else {"idempotency_key_ttl": ttl}
         if bypass:
             options["one_time_use_token"] = f"token {number}"
+        chosen_id = bound_id(*tenant) if chosen == "bound" else chosen
         if chosen is not None:
-            task, key, options, bypass = "send", CHOSEN[chosen], {"run_id": f"run_{chosen}"}, False
+            task, key, options, bypass = "send", CHOSEN[chosen], {"run_id": f"run_{chosen_id}"}, False
         if key is not None:
             options["idempotency_key"] = key
         content = body(tenant[1], tenant[0], task=task, payload=number, options=options)
         fields = {b"body": json.dumps(content).encode(), b"reply_to": b"mollifier:reply:%d" % number}
         entry = Entry(f"{int(self.now.timestamp() * 1000)}-{number}", fields)
         self.wait_for(self.redis.xadd("mollifier:triggers", fields, id=entry.id))
-        run_id = chosen or derive("mollifier", entry.id, tenant[1])
+        run_id = chosen_id or derive("mollifier", entry.id, tenant[1])
         unique = None if key is None else (*tenant, task, key)
         made = len(self.history) - 1, self.now
         self.requests.append(Request(entry, tenant, unique, bypass, run_id, *made))
@@ -719,6 +722,28 @@ def a_claim_runs_out_before_it_is_published(model: Model) -> None:
     model.go_on(0, None)
 
 
+def a_call_is_repeated_whose_run_lost_its_key(model: Model) -> None:
+    model.trigger(0, [Ask(TENANTS[0], chosen="bound")], 9, None)
+    model.finish(0, "FAILED")
+    model.trigger(1, ONE, 0, None)
+    model.trigger(1, [Ask(TENANTS[0], chosen="bound")], 0, None)
+    model.drain(3, None)
+    model.trigger(0, [Ask(TENANTS[0], chosen="bound")], 0, None)
+
+
+def a_call_is_repeated_while_claims_are_away(model: Model) -> None:
+    model.trigger(0, [Ask(TENANTS[0], chosen="bound")], 0, None)
+    model.trigger(1, [Ask(TENANTS[0], chosen="bound")], 9, Fault("claim", "lost", False))
+    model.redeliver(0, [1], False, 9, None)
+
+
+def a_run_that_lost_its_key_is_drained_again(model: Model) -> None:
+    model.trigger(0, [*ONE, Ask(TENANTS[0], bypass=True)], 0, None)
+    model.drain(3, Fault("settle", "halt", False))
+    model.crash(3)
+    model.finish(0, "FAILED")
+
+
 def an_organization_chooses_an_id_that_another_has_in_the_buffer(model: Model) -> None:
     for tenant in (TENANTS[0], TENANTS[-1]):
         model.trigger(0, [Ask(tenant, chosen="x")], 0, None)
@@ -732,6 +757,9 @@ STORIES = [
     a_claim_runs_out_before_it_is_accepted,
     a_claim_runs_out_before_it_is_let_go,
     a_claim_runs_out_before_it_is_published,
+    a_call_is_repeated_whose_run_lost_its_key,
+    a_call_is_repeated_while_claims_are_away,
+    a_run_that_lost_its_key_is_drained_again,
     an_organization_chooses_an_id_that_another_has_in_the_buffer,
 ]
 

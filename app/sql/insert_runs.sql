@@ -1,4 +1,4 @@
--- Insert runs; rows whose id, key or token is taken are left out.
+-- Insert runs; rows whose id, key or token is taken are left out, be it by an alias.
 -- $1  mollifier.new_run[]
 -- Returns id, organization_id, environment_id of the rows that were inserted.
 INSERT INTO mollifier.runs (
@@ -11,7 +11,8 @@ INSERT INTO mollifier.runs (
     cancelled_at, cancel_reason, error, metadata_version, revision, applied
 )
 SELECT new.* FROM unnest($1::mollifier.new_run[]) AS new
+LEFT JOIN mollifier.run_aliases AS alias ON alias.id = new.id
 LEFT JOIN mollifier.run_aliases AS used ON used.one_time_use_token = new.one_time_use_token
-WHERE used.id IS NULL
+WHERE alias.id IS NULL AND used.id IS NULL
 ON CONFLICT DO NOTHING
 RETURNING id, organization_id, environment_id
