@@ -22,11 +22,15 @@ from schemas.snapshot import Snapshot
 
 
 class Entry(Struct, frozen=True, gc=False):
-    """One entry of a request stream, as it was read. `deliveries` counts this one."""
+    """One entry of a request stream, as it was read. `deliveries` counts this one.
+
+    `life` is that of the process when it asked for entries (`app/heartbeat.py`).
+    """
 
     id: str
     fields: Mapping[bytes, bytes]
     deliveries: int = 1
+    life: int = 0
 
     @property
     def ms(self) -> int:
@@ -102,8 +106,7 @@ class Item(Struct, eq=False):
     `followers` belong to the first request of an idempotency key; the others `follow` it. A `suspended` item
     leaves its batch without an outcome: it `waits` for its key, or else its entry stays pending and is handed
     out again. One that `is_late` has waited long enough. Of one that is `unsure` nobody could tell whether it
-    has a run, Postgres being away. The id of one that is `sought` is looked for together with its key. `life`
-    is that of the process (`app/heartbeat.py`).
+    has a run, Postgres being away. The id of one that is `sought` is looked for together with its key.
     """
 
     entry: Entry
@@ -125,7 +128,6 @@ class Item(Struct, eq=False):
     is_late: bool = False
     unsure: bool = False
     sought: bool = False
-    life: int = 0
 
     @property
     def open(self) -> bool:

@@ -32,7 +32,7 @@ class Fence:
         """
         await self._heart.renew()
         life = self._heart.life()
-        stale = [item for item in batch.items if item.life != life and not item.suspended]
+        stale = [item for item in batch.items if item.entry.life != life and not item.suspended]
         for item in stale:
             item.suspended = True
         if stale:

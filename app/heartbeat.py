@@ -41,24 +41,24 @@ class Heartbeat:
         self._telemetry = telemetry
         self._clock = clock
         self._renewed = clock()
+        self._is_seen = False
         self._life = 0
         self._stopping = asyncio.Event()
 
     def life(self) -> int:
         """Which of its lives the process is in: another begins when others may have taken it for dead."""
-        now = self._clock()
-        if now - self._renewed >= self._ttl_ms / 1000:
+        if self._is_seen and self._clock() - self._renewed >= self._ttl_ms / 1000:
+            self._is_seen = False
             self._life += 1
-            self._renewed = now
         return self._life
 
     async def renew(self) -> None:
-        """See to it that at least half of this life is left, for what is about to be written.
+        """See to it that others see this life, and at least half of it is left for what is about to be done.
 
         Raises:
             Unreachable: Redis cannot be reached, or refuses.
         """
-        if self._clock() - self._renewed >= self._ttl_ms / 2000:
+        if not self._is_seen or self._clock() - self._renewed >= self._ttl_ms / 2000:
             await self.beat()
 
     async def beat(self) -> None:
@@ -71,7 +71,7 @@ class Heartbeat:
         sent = self._clock()
         beat = Call("beat", [self._keys.heartbeat(self._consumer)], [self._ttl_ms])
         await self._scripts.demand([beat, enlist(self._keys, self._telemetry.process, self._consumer)])
-        self._renewed = sent
+        self._renewed, self._is_seen = sent, True
 
     async def run(self) -> None:
         """Renew the key until `stop`; a Redis that is away is tried again at the next beat."""

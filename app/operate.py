@@ -43,7 +43,6 @@ class Operate:
         self._respond = Respond(reservations, desk, telemetry)
         self._fence = Fence(heart, telemetry)
         self._switches = Switches.of(settings)  # of no consequence: operations look everywhere
-        self._heart = heart
         self._most_deliveries = settings.max_deliveries
         self._room = asyncio.Semaphore(_AT_ONCE)
         self._telemetry = telemetry
@@ -55,7 +54,7 @@ class Operate:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        items = [Item(entry, life=self._heart.life()) for entry in entries]
+        items = [Item(entry) for entry in entries]
         batch = Batch(items, self._clock(), self._switches)
         with self._telemetry.stage("decode"):
             await self._decode(batch)

@@ -71,7 +71,6 @@ class Pipeline:
         )
         self._steps_after_waiting = [step for step in self._steps if step[0] not in _BEFORE_WAITING]
         self._telemetry = telemetry
-        self._heart = heart
         self._clock = clock
 
     async def handle(self, entries: Sequence[Entry]) -> None:
@@ -80,7 +79,7 @@ class Pipeline:
         Raises:
             Unreachable: Redis went silent. What had no outcome, or no reply yet, is still pending.
         """
-        await self._run(self._steps, [Item(entry, life=self._heart.life()) for entry in entries])
+        await self._run(self._steps, [Item(entry) for entry in entries])
 
     async def resume(self, items: Sequence[Item]) -> None:
         """Take requests on that waited for their idempotency keys; they may come to wait again.

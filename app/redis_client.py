@@ -145,15 +145,15 @@ class PatientRetry(Retry):
     """For a client that only reads a stream: whatever Redis says, wait with jitter and read again.
 
     FastStream's own answer to an error is to stop for good (NOGROUP), to spin (READONLY, MISCONF)
-    or to sleep a fixed 5 s. `moved` is called at every try, which shows that the loop is alive.
+    or to sleep a fixed 5 s. Every try begins with `before`, and has failed if that finds Redis `Unreachable`.
 
     After `close` no further command is sent: the loop comes to stand where nothing is under way, and
     `closed` is set. A read that is cut off instead would leave what it was given pending.
     """
 
-    def __init__(self, moved: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    def __init__(self, before: Callable[[], Awaitable[None]], failed: Callable[[Exception], None]) -> None:
         super().__init__(NoBackoff(), -1)
-        self._moved = moved
+        self._before = before
         self._failed = failed
         self._closing = False
         self.closed = asyncio.Event()
@@ -180,7 +180,12 @@ class PatientRetry(Retry):
             if self._closing:
                 self.closed.set()
                 await asyncio.Event().wait()
-            self._moved()
+            try:
+                await self._before()
+            except Unreachable as error:
+                self._failed(error)
+                await asyncio.sleep(backoff.delay_s())
+                continue
             try:
                 return await do()
             except (*LOST, ResponseError) as error:

@@ -71,18 +71,18 @@ class RequestStream:
             raise Unreachable(f"Redis: {error}") from error
         return is_new
 
-    async def recover(self, held: Collection[str], most: int) -> tuple[str, list[list[Entry]]]:
+    async def recover(self, held: Collection[str], most: int, life: int = 0) -> tuple[str, list[list[Entry]]]:
         """Take over up to `most` entries that nobody is working on; why, and the batches to handle them in.
 
-        `held` are the ids this process is working on. In turn: what consumers without a heartbeat
-        had, what this one was given and never saw, what has been idle for RECLAIM_IDLE_MS.
+        `held` are the ids this process is working on, `life` that which it is in. In turn: what consumers
+        without a heartbeat had, what this one was given and never saw, what was idle for RECLAIM_IDLE_MS.
 
         Raises:
             Unreachable: Redis cannot be reached, or refuses.
         """
         try:
             for why, pending in await self._abandoned(held, most):
-                entries = await self._take_over(pending)
+                entries = await self._take_over(pending, life)
                 if entries:
                     return why, _batches(entries)
         except (RedisError, OSError) as error:
@@ -105,10 +105,10 @@ class RequestStream:
         others = [name for name in names if name != self._consumer]
         found: list[tuple[str, list[_Pending]]] = []
         if others:
-            alive = await self._redis.mget([self._keys.heartbeat(name) for name in others])
-            for name, beat in zip(others, alive, strict=True):
-                if beat is None:
-                    found.append(("holder_gone", await self._pending(most, name)))
+            silent = await self._silent(others)
+            theirs = {name: await self._pending(most, name) for name in silent}
+            # One that came back in between got its entries after that, perhaps, and works on them.
+            found += [("holder_gone", theirs[name]) for name in await self._silent(silent)]
         if self._consumer in names:
             own = await self._pending(most + len(held), self._consumer, _ORPHANED_MS)
             found.append(("lost_on_the_way", [one for one in own if one.entry_id not in held]))
@@ -118,20 +118,27 @@ class RequestStream:
             (why, [one for one in pending if one.entry_id not in held]) for why, pending in found if pending
         ]
 
+    async def _silent(self, consumers: Sequence[str]) -> list[str]:
+        """Those that have no heartbeat."""
+        if not consumers:
+            return []
+        beats = await self._redis.mget([self._keys.heartbeat(name) for name in consumers])
+        return [name for name, beat in zip(consumers, beats, strict=True) if beat is None]
+
     async def _pending(self, most: int, consumer: str | None, idle_ms: int | None = None) -> list[_Pending]:
         pending: Any = await self._redis.xpending_range(
             self._stream, self._group, "-", "+", most, consumername=consumer, idle=idle_ms
         )
         return [_Pending(one["message_id"].decode(), one["consumer"]) for one in pending]
 
-    async def _take_over(self, pending: Sequence[_Pending]) -> list[Entry]:
+    async def _take_over(self, pending: Sequence[_Pending], life: int = 0) -> list[Entry]:
         """Take entries over; those that another consumer was quicker to take stay with it."""
         if not pending:
             return []
         arguments = [self._group, self._consumer, *(part for one in pending for part in one)]
         (taken,) = await self._scripts.demand([Call("take_over", [self._stream], arguments)])
         return [
-            Entry(entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), deliveries)
+            Entry(entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)), deliveries, life)
             for entry_id, fields, deliveries in taken
         ]
 

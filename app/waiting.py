@@ -57,7 +57,6 @@ class WaitingRoom:
                 item.request,
                 run=item.run,
                 waiting_since=since,
-                life=item.life,
             )
             self._waiting.setdefault(_key(item), []).append(waiting)
             self.held.add(item.entry.id)

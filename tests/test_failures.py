@@ -59,6 +59,11 @@ async def all_say(started: Sequence[Worker], *, ready: int, within_s: float = 10
     await eventually(say, within_s)
 
 
+async def lapsed(worker: Worker, entries: int) -> None:
+    """Fails until a worker has let go of so many entries of an earlier life."""
+    assert sum(line["entries"] for line in worker.log("heartbeat.lapsed")) == entries
+
+
 @asynccontextmanager
 async def all_live(started: Sequence[Worker]) -> AsyncIterator[None]:
     """Every process stays up and says that it is alive, all through the block."""
@@ -114,6 +119,26 @@ class TestProcesses:
             assert {len(stage.producer.replies[name]) for name in names} == {1}
             for worker in (frozen, sibling):
                 assert await worker.metric("mollifier_recovered_total") == 0
+
+    async def test_g3_what_a_worker_was_given_while_it_stood_still_it_leaves_to_who_took_it_over(
+        self, workers: Workers, redis_url: str, database_url: str
+    ) -> None:
+        """It comes to read what was handed out to it only after its heartbeat had ended."""
+        settings = {"heartbeat_ttl_ms": TTL_MS}
+        async with staged(workers, "triggers", redis_url, database_url, **settings) as stage:
+            (frozen,) = stage.triggers
+            environment = new_environment()
+            await stage.producer.ask(request(environment))  # so the read that follows has just begun
+            frozen.pause()
+            names = await stage.producer.send_all([request(environment)] * 20)
+            await eventually(lambda: holds(stage.producer, frozen, 20))
+            (sibling,) = await workers.start_ready("triggers", redis_url, database_url, **settings)
+            await stage.producer.all_replies(names)
+            frozen.resume()
+            await eventually(lambda: lapsed(frozen, 20))
+            await stage.producer.settled()
+            assert {len(stage.producer.replies[name]) for name in names} == {1}
+            assert await sibling.metric("mollifier_recovered_total", why="holder_gone") == 20
 
     async def test_a_worker_that_wakes_up_after_it_was_replaced(
         self, workers: Workers, redis_url: str, database_url: str

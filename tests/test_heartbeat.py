@@ -30,6 +30,30 @@ def heart(client: Redis, clock: Clock) -> Heartbeat:
     return Heartbeat(Scripts(client), KEYS, "me", TTL_MS, Telemetry("test"), clock)
 
 
+async def test_nobody_is_alive_before_others_can_see_it(
+    heart: Heartbeat, clock: Clock, client: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the start, and when Redis was away for longer than a life: what is read then, others may take."""
+    await heart.renew()
+    assert await client.exists(KEYS.heartbeat("me"))
+    first = heart.life()
+
+    async def gone(calls: list[Call]) -> None:
+        raise Unreachable("Redis: gone")
+
+    with monkeypatch.context() as away:
+        away.setattr(heart._scripts, "demand", gone)
+        for _ in range(3):
+            clock.now += 5
+            with pytest.raises(Unreachable):
+                await heart.renew()
+            heart.life()
+    await client.delete(KEYS.heartbeat("me"))
+    await heart.renew()
+    assert await client.exists(KEYS.heartbeat("me"))
+    assert heart.life() == first + 1
+
+
 async def test_who_beats_in_time_has_one_life(heart: Heartbeat, clock: Clock, client: Redis) -> None:
     first = heart.life()
     for _ in range(5):
@@ -41,6 +65,7 @@ async def test_who_beats_in_time_has_one_life(heart: Heartbeat, clock: Clock, cl
 
 async def test_who_was_silent_for_too_long_has_another(heart: Heartbeat, clock: Clock) -> None:
     """Also when the first thing that happens after that is a beat."""
+    await heart.beat()
     first = heart.life()
     clock.now += 5
     await heart.beat()
@@ -51,6 +76,7 @@ async def test_who_was_silent_for_too_long_has_another(heart: Heartbeat, clock: 
 
 async def test_what_is_about_to_be_written_has_half_a_life(heart: Heartbeat, clock: Clock) -> None:
     """G3: it is renewed for that before half of it is over, and is another if it was over."""
+    await heart.beat()
     first = heart.life()
     clock.now += 2.4
     await heart.renew()
@@ -69,6 +95,7 @@ async def test_who_cannot_renew_its_life_is_told(
     async def gone(calls: list[Call]) -> None:
         raise Unreachable("Redis: gone")
 
+    await heart.beat()
     monkeypatch.setattr(heart._scripts, "demand", gone)
     await heart.renew()
     clock.now += 2.5
@@ -80,6 +107,7 @@ async def test_a_beat_counts_from_when_it_was_sent(
     heart: Heartbeat, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that failed, or whose answer was long under way, does not prolong a life."""
+    await heart.beat()
     first = heart.life()
 
     async def late(calls: list[Call]) -> None:

@@ -251,7 +251,7 @@ async def test_g3_who_was_taken_for_dead_writes_and_answers_nothing(
     first = entry(body(options=options))
     assert await world.handle(first) == []
     assert world.store.rows == {}
-    (reply,) = await world.handle(replace(first, deliveries=2))
+    (reply,) = await world.handle(replace(first, deliveries=2, life=1))
     assert list(world.store.rows) == [reply["run"]["id"]]
 
 
@@ -262,7 +262,7 @@ async def test_g3_who_was_taken_for_dead_after_it_wrote_leaves_the_answer_to_ano
     lapse_after(world, world.store, "insert", monkeypatch)
     first = entry()
     assert await world.handle(first) == []
-    (reply,) = await world.handle(replace(first, deliveries=2))
+    (reply,) = await world.handle(replace(first, deliveries=2, life=1))
     assert list(world.store.rows) == [reply["run"]["id"]]
 
 

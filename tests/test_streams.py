@@ -58,6 +58,28 @@ async def test_one_that_was_taken_over_meanwhile_stays_where_it_is(
     assert {one["consumer"] for one in pending} == {b"worker-1"}
 
 
+async def test_g3_who_comes_back_while_another_looks_keeps_what_it_is_given_then(
+    client: Redis, streams: list[RequestStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis was away for longer than a heartbeat lives: the other looks before this one beats."""
+    look = streams[0]._silent
+
+    async def come_back(consumers: Sequence[str]) -> list[str]:
+        silent = await look(consumers)
+        monkeypatch.setattr(streams[0], "_silent", look)
+        await client.set(KEYS.heartbeat("back"), "1")
+        await hand_out(client, "back", 3)
+        return silent
+
+    await hand_out(client, "back", 1)
+    monkeypatch.setattr(streams[0], "_silent", come_back)
+    assert await streams[0].recover((), MOST) == ("", [])
+    await client.delete(KEYS.heartbeat("back"))
+    why, (entries,) = await streams[0].recover((), MOST, 7)
+    assert (why, len(entries)) == ("holder_gone", 4)
+    assert {entry.life for entry in entries} == {7}
+
+
 async def test_one_that_is_gone_from_the_stream_is_left_out(
     client: Redis, streams: list[RequestStream]
 ) -> None:

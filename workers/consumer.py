@@ -33,7 +33,8 @@ class Consumer(Process):
         self._name = stream
         self._stream = world.request_stream(stream)
         self._intake = Intake(handle, settings.trigger_inflight_batches, world.telemetry, kind)
-        self.retry = PatientRetry(lambda: world.health.progress("read"), self._read_failed)
+        self._life = 0
+        self.retry = PatientRetry(self._before_reading, self._read_failed)
         self._broker = RedisBroker(
             settings.redis_url,
             retry=self.retry,
@@ -50,7 +51,7 @@ class Consumer(Process):
                 polling_interval=_BLOCK_MS,
             ),
             parser=_parse,
-            decoder=_entries,
+            decoder=self._entries,
             ack_policy=AckPolicy.MANUAL,
             no_reply=True,
         )
@@ -72,6 +73,19 @@ class Consumer(Process):
     async def _receive(self, entries: list[Entry]) -> None:
         await self._intake.receive(entries)
 
+    async def _before_reading(self) -> None:
+        """Be alive for others before entries are handed out here, else they take them over."""
+        self.world.health.progress("read")
+        await self.world.heartbeat.renew()
+        self._life = self.world.heartbeat.life()
+
+    async def _entries(self, message: StreamMessage[Any]) -> list[Entry]:
+        raw = message.raw_message
+        return [
+            Entry(entry_id.decode(), fields, life=self._life)
+            for entry_id, fields in zip(raw["message_ids"], raw["data"], strict=True)
+        ]
+
     def _read_failed(self, error: Exception) -> None:
         self.world.telemetry.trouble("read.failed", error=str(error))
 
@@ -92,7 +106,8 @@ class Consumer(Process):
         while not self.stopping.is_set():
             found = 0
             try:
-                why, batches = await self._stream.recover(self.held(), most)
+                await self.world.heartbeat.renew()
+                why, batches = await self._stream.recover(self.held(), most, self.world.heartbeat.life())
                 found = sum(len(batch) for batch in batches)
                 if found:
                     self.world.telemetry.recovered(why, found)
@@ -116,11 +131,3 @@ class Consumer(Process):
 async def _parse(message: Any) -> StreamMessage[Any]:
     """One batch as it was read: nothing is decoded here, so that a bad entry disturbs no other."""
     return StreamMessage(raw_message=message, body=b"")
-
-
-async def _entries(message: StreamMessage[Any]) -> list[Entry]:
-    raw = message.raw_message
-    return [
-        Entry(entry_id.decode(), fields)
-        for entry_id, fields in zip(raw["message_ids"], raw["data"], strict=True)
-    ]
