@@ -130,7 +130,7 @@ class Deduplicate:
         except StoreUnavailable as error:
             self._telemetry.recall_failed(error)
             for leader in leaders:
-                leader.unsure = leader.sought
+                leader.unsure = leader.unsure or leader.sought
                 if leader.open and leader.claim is not None and leader.claim.state == "taken":
                     leader.outcome = Answer(leader.claim.expected or "", None, None, False, is_cached=True)
             return

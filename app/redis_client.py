@@ -85,8 +85,6 @@ class Scripts:
             answers: list[Any] = await retry.call_with_retry(lambda: self._exchange(calls), note)
         except LOST as error:
             raise Unreachable(f"Redis: {error}") from error
-        except RuntimeError as error:  # uvloop's word for a connection that was closed under a write
-            raise Unreachable(f"Redis: {error}") from error
         for answer in answers if failed else ():
             if isinstance(answer, ResponseError):
                 raise Unreachable(f"Redis: {answer}, asked again after: {failed[0]}") from answer

@@ -85,9 +85,15 @@ class Exchanging:
             await self.disconnect(nowait=True)  # what it would answer next belongs to nobody
             if isinstance(error, TimeoutError):
                 raise RedisTimeoutError("it does not answer in time") from error
-            if isinstance(error, OSError):
+            if isinstance(error, OSError | RuntimeError):  # uvloop's word for a connection that was closed
                 raise RedisConnectionError(str(error)) from error
             raise
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        try:
+            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+        except RuntimeError as error:
+            raise RedisConnectionError(str(error)) from error
 
     async def hear(self, within_s: float) -> list[Any]:
         """What the server says to a subscriber, as much as is there; nothing if nothing comes in that time.

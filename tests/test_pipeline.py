@@ -187,13 +187,15 @@ async def refusing(*arguments: object) -> None:
 
 
 @pytest.mark.parametrize("passes", [0, 1], ids=["mollified", "diverted"])
+@pytest.mark.parametrize("options", [{}, {"idempotency_key": "k"}], ids=["unkeyed", "keyed"])
 async def test_g1_what_comes_again_while_nobody_can_tell_is_not_said_to_be_nothing(
-    passes: int, monkeypatch: pytest.MonkeyPatch
+    passes: int, options: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its run is a row, Postgres is away when it comes again, and the buffer refuses it."""
     world = World()
-    first = entry()
+    first = entry(body(options=options))
     await world.handle(first)
+    world.claims.values.clear()
     world.gate.passes = passes
     world.store.failure = StoreUnavailable()
     monkeypatch.setattr(world.buffer, "accept", refusing)

@@ -72,6 +72,28 @@ async def test_what_is_cancelled_leaves_its_answer_to_nobody(redis_url: str) -> 
     await other.aclose()
 
 
+async def test_a_connection_that_was_closed_under_a_write_is_lost(client: Redis) -> None:
+    """Which uvloop says with a RuntimeError."""
+
+    class Closed:
+        def writelines(self, lines: Sequence[bytes]) -> None:
+            raise RuntimeError("the handler is closed")
+
+        def close(self) -> None:
+            """As a StreamWriter."""
+
+        async def wait_closed(self) -> None:
+            """As a StreamWriter."""
+
+    async with connection_of(client) as connection:
+        for send in (lambda: connection.send_command("PING"), lambda: connection.exchange([("PING",)])):
+            connection._writer = Closed()  # type: ignore[assignment]
+            with pytest.raises(RedisConnectionError, match="the handler is closed"):
+                await send()
+            await connection.connect()  # type: ignore[attr-defined]
+    assert await client.ping()
+
+
 async def test_who_does_not_answer_in_time_is_unreachable(redis_url: str) -> None:
     client = connect(redis_url + "?socket_timeout=0.2")
     scripts = Scripts(client)
