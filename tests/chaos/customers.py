@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from tests.builders import bound_id
 from tests.chaos.tenants import Tenant
 
 Body = dict[str, Any]
@@ -88,13 +89,16 @@ class Customer:
         options: Body = {"idempotency_key": key}
         if self._random.random() < 0.5:
             options["idempotency_key_ttl"] = "24h"
-        if self._random.random() < 0.2:
+        if self._random.random() < 0.4:
             options["run_id"] = f"run_{request}"
         return self._trigger(request, "keyed", now, **options)
 
     def _shortly_keyed(self, request: str, now: float) -> Wish:
         key, ttl = f"short {self._random.randrange(4)}", f"{self._random.randint(3, 8)}s"
-        return self._trigger(request, "short", now, idempotency_key=key, idempotency_key_ttl=ttl)
+        options: Body = {"idempotency_key": key, "idempotency_key_ttl": ttl}
+        if self._random.random() < 0.4:
+            options["run_id"] = f"run_{request}"
+        return self._trigger(request, "short", now, **options)
 
     def _expiring(self, request: str, now: float) -> Wish:
         """A run that may expire in the buffer, and whose key is free then."""
@@ -280,6 +284,9 @@ class Customer:
     ) -> Wish:
         tenant = tenant or self._tenant()
         options.setdefault("tags", [f"of {tenant.secret}"])
+        if options.get("run_id") == f"run_{request}" and self._random.random() < 0.6:
+            number = int("".join(filter(str.isdigit, request)))
+            options["run_id"] = f"run_{bound_id(tenant.organization_id, tenant.id, number)}"
         if self._random.random() < 0.5:
             options["metadata"] = {"secret": tenant.secret, "list": [], "count": 0}
         body = {
