@@ -47,7 +47,8 @@ class Deduplicate:
             # Without claims Postgres' unique index is the arbiter; but not over what may be buffered.
             self._telemetry.unreachable("claims", error)
             for leader in leaders:
-                leader.suspended = leader.sought and leader.open
+                if leader.sought and leader.open:
+                    leader.suspended = True
         await self._give_up([leader for leader in leaders if leader.open and leader.is_late], batch)
 
     async def _give_up(self, late: Sequence[Item], batch: Batch) -> None:
@@ -132,7 +133,9 @@ class Deduplicate:
             for leader in leaders:
                 leader.unsure = leader.unsure or leader.sought
                 if leader.open and leader.claim is not None and leader.claim.state == "taken":
-                    leader.outcome = Answer(leader.claim.expected or "", None, None, False, is_cached=True)
+                    winner_id = leader.claim.expected or ""
+                    is_cached = not _is_own(leader, winner_id)
+                    leader.outcome = Answer(winner_id, None, None, is_mollified=False, is_cached=is_cached)
             return
         for leader, holder in zip(leaders, holders, strict=True):
             assert leader.claim is not None

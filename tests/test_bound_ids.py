@@ -203,6 +203,34 @@ async def test_g3_a_call_is_not_run_again_while_nobody_can_say_whether_it_is_buf
     assert reply == first
 
 
+async def test_g4_who_waits_for_a_key_goes_on_waiting_if_claims_go_away_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def gone(*_: object) -> None:
+        raise Unreachable("gone")
+
+    world = World()
+    monkeypatch.setattr(world.claims, "settle", gone)
+    world.claims.values["env_1", "send-email", "held"] = "pending:another"
+    world.claims.values["env_1", "send-email", "stale"] = "nowhere"
+    waiting, stale = entry(body(options={"idempotency_key": "held"})), call(key="stale")
+    assert await world.handle(waiting, stale) == []
+    assert world.desk.acknowledged == []
+    assert not world.store.rows
+    monkeypatch.undo()
+    world.claims.values.clear()
+    (reply,) = await world.tick()
+    assert list(world.store.rows) == [reply["run"]["id"]]
+
+
+async def test_g3_a_repeated_call_is_its_own_while_nobody_can_say_more() -> None:
+    world = World()
+    (first,) = await world.handle(call())
+    world.store.failure = StoreUnavailable()
+    (again,) = await world.handle(call())
+    assert (again["run"]["id"], again["is_cached"]) == (first["run"]["id"], False)
+
+
 async def test_g1_what_may_be_a_row_is_not_said_to_be_nothing() -> None:
     world = World(max_buffered_per_env=1)
     world.gate.passes = 0
