@@ -111,6 +111,7 @@ POINTS: dict[str, Step] = {
     "ensure-group": (RequestStream, "ensure_group"),
     "recover": (RequestStream, "recover"),
     "find-abandoned": (RequestStream, "_abandoned"),
+    "find-silent": (RequestStream, "_silent"),
     "find-pending": (RequestStream, "_pending"),
     "take-over-pending": (RequestStream, "_take_over"),
     "leave-group": (RequestStream, "leave"),

@@ -88,7 +88,7 @@ SCENES: Mapping[str, tuple[scenes.Play, Mapping[str, object], str]] = {
     "recover": (
         scenes.recover,
         {**TRIPS_AT_TWO, "claim_wait_ms": 20_000},
-        "ensure-group recover find-abandoned find-pending take-over-pending",
+        "ensure-group recover find-abandoned find-silent find-pending take-over-pending",
     ),
     "drain": (
         scenes.drain,

@@ -198,8 +198,8 @@ async def test_g4_a_batch_ends_under_the_switches_that_it_began_with(
     world.gate.passes = 0
     claim = world.claims.claim
 
-    async def decisive(runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
-        claims = await claim(runs, now)
+    async def decisive(runs: Sequence[Snapshot], now: datetime, *, seek: bool = False) -> Sequence[Claim]:
+        claims = await claim(runs, now, seek=seek)
         world.decide(**decided)
         return claims
 
@@ -220,10 +220,10 @@ async def test_g4_a_claim_that_was_won_while_waiting_is_ended_by_who_is_switched
     world.claims.values.clear()
     claim = world.claims.claim
 
-    async def decisive(runs: Sequence[Snapshot], now: datetime) -> Sequence[Claim]:
+    async def decisive(runs: Sequence[Snapshot], now: datetime, *, seek: bool = False) -> Sequence[Claim]:
         world.switches, claims = (
             Switches.of(world.settings, OperatorSettings(switch="off")),
-            await claim(runs, now),
+            await claim(runs, now, seek=seek),
         )
         return claims
 
