@@ -9,8 +9,8 @@ from bench.stage import Stage
 ROWS = 60_000
 ENVIRONMENTS = 100
 
-_NEAR_COPY = Bound(name="rows a second, one drainer to COPY", least=0.6)
-_TWO = Bound(name="rows a second, two drainers to one", least=1)
+_NEAR_COPY = Bound(name="rows a second, one drainer to COPY", least=0.6, guard=0.3)
+_TWO = Bound(name="rows a second, two drainers to one", least=1, guard=0.95)
 
 
 async def measure(stage: Stage, scale: Scale) -> Measured:

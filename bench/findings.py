@@ -18,6 +18,14 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True):
     most: float | None = None
     aim: float | None = None
     """What one would like to see; nothing fails over it."""
+    guard: float | None = None
+    """What was reached and must not be lost, where that is less than it has to keep."""
+
+    def stands(self, value: float) -> bool:
+        """Whether nothing was lost."""
+        if self.guard is None or self.holds(value):
+            return self.holds(value)
+        return value >= self.guard if self.least is not None else value <= self.guard
 
     def holds(self, value: float) -> bool:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
@@ -60,6 +68,10 @@ class Verdict(msgspec.Struct, frozen=True):
     @property
     def holds(self) -> bool:
         return bool(self.values) and self.bound.holds(self.median)
+
+    @property
+    def stands(self) -> bool:
+        return bool(self.values) and self.bound.stands(self.median)
 
 
 class Outcome(msgspec.Struct, frozen=True):

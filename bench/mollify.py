@@ -18,8 +18,8 @@ WARM_UP = 4_000
 CONCURRENCY = 100
 
 _NODE = Path(__file__).parent / "node"
-_FASTER = Bound(name="triggers a second, ours to theirs", least=3, aim=5)
-_CHEAPER = Bound(name="processor time of a trigger, ours to theirs", most=0.25)
+_FASTER = Bound(name="triggers a second, ours to theirs", least=3, aim=5, guard=1.5)
+_CHEAPER = Bound(name="processor time of a trigger, ours to theirs", most=0.25, guard=0.95)
 
 
 class Theirs(msgspec.Struct):

@@ -126,6 +126,24 @@ class TestVerdict:
     ) -> None:
         assert Verdict(bound, values).holds is holds
 
+    @pytest.mark.parametrize(
+        ("bound", "values", "stands"),
+        [
+            (Bound(name="rate", least=3, guard=1.5), (1.5,), True),
+            (Bound(name="rate", least=3, guard=1.5), (1.49,), False),
+            (Bound(name="cost", most=0.25, guard=0.95), (0.95,), True),
+            (Bound(name="cost", most=0.25, guard=0.95), (0.96,), False),
+            (Bound(name="cost", most=0.25, guard=0.95), (0.2,), True),
+            (FAST, (3.0,), True),
+            (FAST, (2.99,), False),
+            (Bound(name="rate", least=3, guard=1.5), (), False),
+        ],
+    )
+    def test_what_was_reached_stands_until_it_is_lost(
+        self, bound: Bound, values: tuple[float, ...], stands: bool
+    ) -> None:
+        assert Verdict(bound, values).stands is stands
+
     async def test_what_is_not_measured_does_not_hold(self) -> None:
         async def measure(stage: Stage, scale: Scale) -> Measured:
             raise NotMeasured("there is no node on PATH")
@@ -202,6 +220,14 @@ class TestCommand:
             "MISSED  race: replies within: 99 ms (99.00 to 99.00), wanted at most 50 ms",
             "NOT MEASURED  race: ours to theirs: wanted at least 3 times, better 5 times",
         ]
+
+    def test_a_guard_fails_only_for_what_is_lost(self, run: Callable[..., Any]) -> None:
+        bound = Bound(name="rate", least=3, guard=1.5)
+        assert run("--guard", outcome(Verdict(bound, (2.0,)))).exit_code == 0
+        assert run("", outcome(Verdict(bound, (2.0,)))).exit_code == 1
+        lost = run("--guard", outcome(Verdict(bound, (1.0,))))
+        assert (lost.exit_code, lost.stderr[:7]) == (1, "MISSED ")
+        assert run("--guard", outcome(Verdict(bound))).exit_code == 1, "not measured"
 
     def test_it_writes_the_page(self, run: Callable[..., Any], tmp_path: Path) -> None:
         run(f"--write {tmp_path / 'page.md'}", outcome(Verdict(FAST, (4.0,))))
