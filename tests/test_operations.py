@@ -888,7 +888,7 @@ class TestOutages:
         idle = await latency()
         bodies = [request(new_environment("storm"))] * 20_000
         await producer.send_all(bodies, reply=False, at_once=False)
-        assert await producer.redis.xlen(producer.stream) > 10_000
+        assert await producer.redis.xlen(producer.stream) > 2_000
         busy = await latency()
         left = await producer.redis.xlen(producer.stream)
         print(f"{idle=:.4f} {busy=:.4f} {left=}")
