@@ -88,6 +88,10 @@ class Parent(NamedTuple):
     root_run_id: str
 
 
+Key = tuple[str, str, str, str]
+"""An idempotency key with what it belongs to: organization, environment and task come first."""
+
+
 class Claim(Struct, frozen=True, gc=False):
     """What became of a claim: `claimed` by this request, `pending` for another, or `taken` by a winner.
 
@@ -135,6 +139,14 @@ class Item(Struct, eq=False):
         return self.outcome is None and self.dead_letter is None and not (self.suspended or self.follows)
 
     @property
+    def key(self) -> Key | None:
+        """The idempotency key of its run, if that has one."""
+        run = self.run
+        if run is None or run.idempotency_key is None:
+            return None
+        return run.organization_id, run.environment_id, run.task, run.idempotency_key
+
+    @property
     def is_redelivered(self) -> bool:
         return self.entry.deliveries > 1
 
@@ -154,9 +166,9 @@ class Item(Struct, eq=False):
         return self.has_chosen_id and self.run is not None and run_ids.is_bound(self.run.id)
 
     @property
-    def has_reserved_id(self) -> bool:
+    def needs_reservation(self) -> bool:
         """Whether the caller chose an id that has to be reserved."""
-        return self.has_chosen_id and self.run is not None and run_ids.is_reserved(self.run.id)
+        return self.has_chosen_id and self.run is not None and run_ids.needs_reservation(self.run.id)
 
 
 @dataclass(slots=True)

@@ -193,7 +193,7 @@ class DeadLetters:
         """Runs that the buffer knows stay here: their entry there may be the one that was set aside, which is
         still readable in its grace time. Chosen ids are reserved again.
         """
-        chosen = [run for run in runs.values() if run_ids.is_reserved(run.id)]
+        chosen = [run for run in runs.values() if run_ids.needs_reservation(run.id)]
         found = await self._buffer.recall(list(runs.values()), chosen)
         known = {one: outcome for one, outcome in zip(runs, found, strict=True) if outcome is not None}
         still = (

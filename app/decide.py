@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 
-from app.batch import Batch, Decision, Item, Outcome
+from app.batch import Batch, Decision, Item, Key, Outcome
 from app.errors import GateUnavailable
 from app.ports import RateGate
 from app.settings import Settings
@@ -102,15 +102,10 @@ def may_be_mollified(item: Item, switches: Switches) -> bool:
     )
 
 
-ClaimedKey = tuple[str, str, str, str]
-
-
-def claimed_key(item: Item, switches: Switches) -> ClaimedKey | None:
-    """The idempotency key that an item claims, with what it belongs to; None if it claims nothing."""
-    run = item.run
-    if run is None or run.idempotency_key is None or not may_be_mollified(item, switches):
-        return None
-    return run.organization_id, run.environment_id, run.task, run.idempotency_key
+def claimed_key(item: Item, switches: Switches) -> Key | None:
+    """The idempotency key that an item claims; None if it claims nothing."""
+    key = item.key
+    return key if key is not None and may_be_mollified(item, switches) else None
 
 
 def is_enrolled(request: TriggerRequest, switches: Switches) -> bool:

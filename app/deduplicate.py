@@ -10,8 +10,8 @@ The id of a request that is `sought` is looked for on the same two ways, the buf
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from app.batch import Answer, Batch, Item
-from app.decide import ClaimedKey, claimed_key
+from app.batch import Answer, Batch, Item, Key
+from app.decide import claimed_key
 from app.errors import ClaimTimedOut, StoreUnavailable, Unreachable
 from app.ports import Claims, KeyHolder, Settlement, Store
 from app.telemetry import Telemetry
@@ -67,7 +67,7 @@ class Deduplicate:
         nothing, and may meet a buffered run of their key all the same: of one that is no bypass, or that came
         before operators took the organization out, or switched to shadow mode.
         """
-        leaders: dict[ClaimedKey, Item] = {}
+        leaders: dict[Key, Item] = {}
         unclaimed: list[Item] = []
         for item in batch.open():
             key = claimed_key(item, batch.switches)
@@ -76,7 +76,7 @@ class Deduplicate:
                 if leader is not item:
                     item.follows = True
                     leader.followers.append(item)
-            elif item.run is not None and item.run.idempotency_key is not None:
+            elif item.key is not None:
                 unclaimed.append(item)
         return list(leaders.values()), unclaimed if batch.switches.enabled else []
 
@@ -139,12 +139,14 @@ class Deduplicate:
             return
         for leader, holder in zip(leaders, holders, strict=True):
             assert leader.claim is not None
-            is_own = holder is not None and _is_own(leader, holder.run_id)
-            if holder is not None and (leader.open or is_own):
+            if holder is not None and _is_own(leader, holder.run_id):
                 leader.outcome = _stored(leader, holder)
-            if is_own:
                 self._lead_nobody(leader)
-            if leader.claim.state == ("claimed" if is_own else "taken") and (leader.open or is_own):
+                if leader.claim.state == "claimed":
+                    idle.append(leader)
+            elif leader.open and holder is not None:
+                leader.outcome = _stored(leader, holder)
+            elif leader.open and leader.claim.state == "taken":
                 idle.append(leader)
         if idle:
             await self._let_go(idle, batch)

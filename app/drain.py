@@ -122,7 +122,7 @@ class Drain:
         await self._bury([load for load in loads if load.trouble])
         runs = [load.run for load in loads if load.run is not None]
         await self._turns.settle(taken, runs)
-        await self._reservations.release([run for run in runs if run_ids.is_reserved(run.id)])
+        await self._reservations.release([run for run in runs if run_ids.needs_reservation(run.id)])
         self._telemetry.drained([(load.run, _result(load)) for load in loads], now, written_at)
         return len(loads)
 

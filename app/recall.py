@@ -8,8 +8,8 @@ key (step 5) is left to that.
 from collections.abc import Awaitable, Callable, Sequence
 
 from app import run_ids
-from app.batch import Answer, Batch, DeadLetter, Item
-from app.decide import ClaimedKey, claimed_key
+from app.batch import Answer, Batch, DeadLetter, Item, Key
+from app.decide import claimed_key
 from app.errors import (
     DeadlineExceeded,
     InternalError,
@@ -70,7 +70,7 @@ class Recall:
         known = [item for item in batch.open() if item.may_be_known]
         if not any(item.has_bound_id for item in known):
             return known
-        leaders: dict[ClaimedKey, Item] = {}
+        leaders: dict[Key, Item] = {}
         for item in batch.open():
             key = claimed_key(item, batch.switches)
             is_leader = key is not None and leaders.setdefault(key, item) is item
@@ -90,7 +90,7 @@ class Recall:
 
     async def _recall_from_buffer(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:
         return await self._buffer.recall(
-            _runs(items), [item.run for item in items if item.has_reserved_id and item.run]
+            _runs(items), [item.run for item in items if item.needs_reservation and item.run]
         )
 
     async def _recall_from_store(self, items: Sequence[Item]) -> Sequence[Answer | RequestError | None]:

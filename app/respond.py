@@ -93,4 +93,4 @@ def _is_settled_id(item: Item) -> bool:
         return False
     is_buffered = isinstance(outcome, Answer) and outcome.is_mollified
     is_own = isinstance(outcome, Answer) and run is not None and outcome.run_id == run.id
-    return item.has_reserved_id and not (is_buffered and is_own)
+    return item.needs_reservation and not (is_buffered and is_own)

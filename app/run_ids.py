@@ -54,7 +54,7 @@ def is_foreign(run_id: str, organization_id: str, environment_id: str) -> bool:
     return bound is not None and _binding(bound[1], organization_id, environment_id) != bound[2]
 
 
-def is_reserved(run_id: str) -> bool:
+def needs_reservation(run_id: str) -> bool:
     """Whether an id has to be reserved until it is a row: nothing about it tells whose it is."""
     return not (is_derived(run_id) or is_bound(run_id))
 

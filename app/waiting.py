@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 
-from app.batch import Item
+from app.batch import Item, Key
 from app.errors import Unreachable
 from app.ports import Claims
 from app.settings import Settings
@@ -13,7 +13,6 @@ from app.switches import Switches
 from app.telemetry import Telemetry
 
 Resume = Callable[[Sequence[Item]], Awaitable[None]]
-Key = tuple[str, str, str, str]
 
 
 class WaitingRoom:
@@ -58,7 +57,8 @@ class WaitingRoom:
                 run=item.run,
                 waiting_since=since,
             )
-            self._waiting.setdefault(_key(item), []).append(waiting)
+            assert item.key is not None
+            self._waiting.setdefault(item.key, []).append(waiting)
             self.held.add(item.entry.id)
         if items:
             self._occupied.set()
@@ -134,12 +134,6 @@ class WaitingRoom:
             self._telemetry.failed("batch.failed", error, entries=len(items))
         finally:
             self.held.difference_update(item.entry.id for item in items if not item.waits)
-
-
-def _key(item: Item) -> Key:
-    run = item.run
-    assert run is not None
-    return run.organization_id, run.environment_id, run.task, run.idempotency_key or ""
 
 
 async def _first(*events: asyncio.Event) -> None:

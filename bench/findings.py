@@ -23,7 +23,7 @@ class Bound(msgspec.Struct, frozen=True, kw_only=True):
 
     def stands(self, value: float) -> bool:
         """Whether nothing was lost."""
-        if self.guard is None or self.holds(value):
+        if self.guard is None:
             return self.holds(value)
         return value >= self.guard if self.least is not None else value <= self.guard
 
