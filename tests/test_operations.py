@@ -886,11 +886,12 @@ class TestOutages:
             return median(took)
 
         idle = await latency()
-        bodies = [request(new_environment("storm"))] * 30_000
+        bodies = [request(new_environment("storm"))] * 60_000
         await producer.send_all(bodies, reply=False, at_once=False)
-        assert await producer.redis.xlen(producer.stream) > 10_000
+        queued = await producer.redis.xlen(producer.stream)
+        assert queued > 10_000
         busy = await latency()
         left = await producer.redis.xlen(producer.stream)
-        print(f"{idle=:.4f} {busy=:.4f} {left=}")
+        print(f"{idle=:.4f} {busy=:.4f} {queued=} {left=}")
         assert left > 0, "the storm was over too soon"
         assert busy < 10 * idle + 0.1
